@@ -1,0 +1,44 @@
+# Both commands of the README make their own environment: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+export LAYERWISE_ASSETS ?= $(wildcard ../shared/assets)
+
+.PHONY: demo test check claims docs bench env clean
+
+env: $(VENV)/.ready
+
+# torch comes first and alone: what else asks for it then takes the build that is there.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env
+	rm -rf demo
+	$(BIN)/layerwise inspect builtin:tiny
+	$(BIN)/layerwise compress builtin:tiny -o demo --budget 3.5bits --method gptq --group 32 \
+	  --symmetric --format compressed-tensors
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python scripts/make_docs.py --check
+
+claims: env
+	$(BIN)/layerwise claims
+
+docs: env
+	$(BIN)/python scripts/make_docs.py
+
+bench: env
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,29 @@
+"""layerwise: measure, budget and rewrite the weights of trained networks, one layer at a time.
+
+    import layerwise as lw
+    lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
+
+The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `evaluate`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerwise.api import compress, evaluate, measure, open, plan
+    from layerwise.core.errors import UserError
+
+__all__ = ["UserError", "compress", "evaluate", "measure", "open", "plan"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and `layerwise --help` needs none of it.
+    if name == "UserError":
+        from layerwise.core.errors import UserError
+
+        return UserError
+    if name in __all__:
+        from layerwise import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'layerwise' has no attribute {name!r}")

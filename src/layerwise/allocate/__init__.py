@@ -1,0 +1,1 @@
+"""A budget for the whole model to one level per item."""

@@ -1,0 +1,217 @@
+"""The library: what the command line does, in as few lines of Python."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerwise.core import catalogue
+from layerwise.core.checkpoint import Source, open_source
+from layerwise.core.errors import UserError
+from layerwise.core.outcome import Comparison, Report
+from layerwise.core.plan import Plan, check_plan
+from layerwise.core.progress import Progress, Silent
+from layerwise.core.structure import Structure, structure
+from layerwise.core.text import Text, windows
+from layerwise.flow.compressing import Proving, Texts, prepare
+from layerwise.flow.compressing import compress as _compress
+from layerwise.flow.evaluating import answers, compare, load
+from layerwise.flow.planning import Wish, make_plan
+from layerwise.flow.survey import Survey, survey
+
+Model = str | Path | nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model's tensors and what layerwise makes of them."""
+
+    source: Source
+    structure: Structure
+
+
+def open(model: Model) -> Opened:  # noqa: A001
+    """Open a model without reading its weights.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+
+    Raises:
+        UserError: It cannot be read safely.
+    """
+    source = open_source(model)
+    return Opened(source, structure(source))
+
+
+def measure(
+    model: Model,
+    measures: Sequence[str] = ("weight_error", "zd"),
+    *,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    levels: Sequence[int] = (),
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **wish: Any,
+) -> Survey:
+    """Score every layer.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        measures: Names of measures; those that compare see the first level, or 4 bits.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        levels: Widths to find the error of every layer at.
+        device: Where the block at work is put.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of each block.
+        wish: Fields of `Wish` that say how a level is made: method, group, symmetric.
+    """
+    chosen = [catalogue.get(f"measure/{name}") for name in measures]
+    wanted = Wish(**wish)
+    tried = [wanted.level(bits) for bits in levels or (4,)]
+    steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
+    texts = Texts(calibration, samples, length)
+    prepared = prepare(
+        model, [*chosen, *steps], texts, proof="none", device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    ids = prepared.calibration.ids if prepared.calibration else None
+    return survey(
+        prepared.source, prepared.found, prepared.runner, ids,
+        levels=tried, options=wanted.options, measures=chosen, progress=progress or Silent(),
+    )
+
+
+def plan(
+    model: Model,
+    *,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **wish: Any,
+) -> Plan:
+    """Decide what every layer gets.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        device: Where the block at work is put.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of each block.
+        wish: Fields of `Wish`: bits or budget, method, group, symmetric, density, rank …
+
+    Raises:
+        UserError: The wish cannot be met.
+    """
+    wanted = Wish(**wish)
+    texts = Texts(calibration, samples, length)
+    prepared = prepare(
+        model, wanted.methods(), texts, proof="none", device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    ids = prepared.calibration.ids if prepared.calibration else None
+    made = make_plan(
+        prepared.source, prepared.found, wanted, prepared.runner, ids, progress or Silent()
+    )
+    check_plan(made, prepared.found)
+    return made
+
+
+def compress(
+    model: Model,
+    out: str | Path,
+    *,
+    plan: str | Path | Plan | None = None,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    proof: Proving = "auto",
+    device: str = "cpu",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    **wish: Any,
+) -> Report:
+    """Make a smaller model, prove it, and write it as a directory.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        out: Directory to make; must not exist.
+        plan: A plan, or the file of one; otherwise `wish` makes one.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text to compare on; by default one that calibration did not see.
+        text_samples: Windows of it.
+        proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        device: Where the block at work is put.
+        restart: Throw away a stopped run with other options.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of the stages.
+        recipe: What to write beside the output as recipe.yaml.
+        wish: Fields of `Wish`: bits or budget, method, group, symmetric, density, rank, format …
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    return _compress(
+        model, out, Wish(**wish), Texts(calibration, samples, length, text, text_samples),
+        progress or Silent(), plan=Path(plan) if isinstance(plan, str) else plan, proof=proof,
+        device=device, restart=restart, trust_remote_code=trust_remote_code, recipe=recipe,
+    )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: Text = "builtin",
+    samples: int = 128,
+    length: int = 256,
+    trust_remote_code: bool = False,
+) -> Comparison:
+    """Perplexity of a model on a text, and its divergence from another one.
+
+    Both are loaded with transformers, as their users will load them.
+
+    Args:
+        model: Path, hub id or `builtin:tiny`; quantized ones too.
+        against: The model it was made from.
+        text: Held-out text.
+        samples: Windows of it.
+        length: Tokens per window.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Raises:
+        UserError: A model or the text is not there, or the two have different vocabularies.
+    """
+    source = open_source(model)
+    chosen = windows(source, text, samples=samples, length=length, role="heldout")
+    base = None if against is None else open_source(against)
+    if base and base.config.get("vocab_size") != source.config.get("vocab_size"):
+        raise UserError(
+            f"{source.label} has {source.config.get('vocab_size')} tokens, {base.label} has "
+            f"{base.config.get('vocab_size')}.",
+            "Give the model that it was made from.",
+        )
+    models = [
+        load(Path(one.label), one, trust_remote_code=trust_remote_code)
+        for one in (source, base)
+        if one is not None
+    ]
+    streams = [answers(one, chosen.ids) for one in models]
+    return compare(chosen.ids, streams[0], streams[1] if base else None, chosen.label)

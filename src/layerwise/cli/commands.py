@@ -1,0 +1,336 @@
+"""One function per command: arguments to the library, its answer to the screen."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import layerwise as lw
+from layerwise import report
+from layerwise.cli.parser import WISHES, named_methods, option_flags
+from layerwise.cli.screen import Bars, console
+from layerwise.core import catalogue
+from layerwise.core.errors import UserError
+from layerwise.core.plan import to_yaml
+
+
+def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise inspect`."""
+    opened = lw.open(chosen.model)
+    measures = [name for name in chosen.measure.split(",") if name]
+    looked = None
+    if measures:
+        with Bars() as bars:
+            looked = lw.measure(
+                chosen.model,
+                measures,
+                **_calibration(chosen),
+                **_machine(chosen),
+                levels=(chosen.bits,),
+                progress=bars,
+                **_grid(chosen),
+            )
+    scores = looked.scores if looked else {}
+    console().print(report.structure_table(opened.source, opened.structure, scores))
+    if chosen.json:
+        _print_json(report.structure_json(opened.source, opened.structure, scores))
+    return 0
+
+
+def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise plan`."""
+    file = Path(chosen.output)
+    if file.exists():
+        raise UserError(
+            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
+        )
+    opened = lw.open(chosen.model)
+    with Bars() as bars:
+        made = lw.plan(
+            chosen.model,
+            **_calibration(chosen),
+            **_machine(chosen),
+            **_wish(chosen, given),
+            progress=bars,
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_name(file.name + ".partial")
+    staged.write_text(to_yaml(made, chosen.model, opened.structure))
+    staged.rename(file)
+    console().print(report.plan_table(opened.source, opened.structure, made))
+    if chosen.json:
+        layers = {name: asdict(layer) for name, layer in made.layers.items()}
+        _print_json({"plan": str(file), "layers": layers, "left": dict(opened.structure.left)})
+    return 0
+
+
+def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise compress`."""
+    wanted = chosen.plan or chosen.budget or chosen.bits is not None
+    if not wanted and chosen.density == 1 and not chosen.rank:
+        raise UserError(
+            "nothing was asked for.",
+            "Give --plan FILE, --budget 3.5bits, --bits 4, --density 0.5 or --rank 16.",
+        )
+    if chosen.plan:
+        _refuse_wishes(given)
+    arguments = {
+        **({"plan": chosen.plan} if chosen.plan else _wish(chosen, given)),
+        **_calibration(chosen),
+        "text": chosen.text,
+        "text_samples": chosen.text_samples,
+        "proof": chosen.proof,
+    }
+    recipe = {"compress": {"model": chosen.model, "out": chosen.output, **_plain(arguments)}}
+    with Bars() as bars:
+        done = lw.compress(
+            chosen.model,
+            chosen.output,
+            **arguments,
+            **_machine(chosen),
+            restart=chosen.restart,
+            progress=bars,
+            recipe=recipe,
+        )
+    console().print(report.layer_table(done))
+    console().print(report.summary(done))
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise evaluate`."""
+    compared = lw.evaluate(
+        chosen.model,
+        against=chosen.against,
+        text=chosen.text,
+        samples=chosen.samples,
+        length=chosen.length,
+        trust_remote_code=chosen.trust_remote_code,
+    )
+    console().print(report.comparison(compared))
+    if chosen.json:
+        _print_json(asdict(compared))
+    return 0
+
+
+def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise run`."""
+    steps = _recipe(Path(chosen.recipe))
+    answers: list[Any] = []
+    for command, arguments in steps:
+        with Bars() as bars:
+            if command == "compress":
+                recipe = {"compress": arguments}
+                done = lw.compress(**arguments, progress=bars, recipe=recipe)
+                console().print(report.layer_table(done))
+                console().print(report.summary(done))
+                answers.append(done.as_json())
+            else:
+                compared = lw.evaluate(**arguments)
+                console().print(report.comparison(compared))
+                answers.append(asdict(compared))
+    if chosen.json:
+        _print_json(answers)
+    return 0
+
+
+def methods(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise methods`."""
+    verbs = [chosen.verb] if chosen.verb else list(catalogue.VERBS)
+    found = [
+        method
+        for verb in verbs
+        for method in catalogue.methods(verb)
+        if chosen.needs in (None, method.needs)
+    ]
+    if chosen.json:
+        _print_json(
+            [
+                {"id": m.id, "needs": m.needs, "reads": list(m.evidence), "summary": m.summary}
+                for m in found
+            ]
+        )
+        return 0
+    _out().print(report.methods_table(found))
+    return 0
+
+
+def show(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise show`."""
+    method = catalogue.get(chosen.method)
+    if chosen.json:
+        _print_json({"id": method.id, "page": report.page(method)})
+    else:
+        print(report.page(method))
+    return 0
+
+
+def check(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise check`."""
+    from layerwise.testing import laws
+
+    method = catalogue.get(chosen.method)
+    verdicts: dict[str, str] = {}
+    for law in laws(method.verb):
+        name = law.__name__
+        try:
+            law(method)
+        except Exception as error:
+            exempt = method.exempt.get(name)
+            verdicts[name] = f"exempt: {exempt}" if exempt else f"BROKEN: {error or 'no message'}"
+        else:
+            verdicts[name] = "BROKEN: exempt, yet obeyed" if name in method.exempt else "ok"
+    for name, verdict in verdicts.items():
+        (console() if chosen.json else _out()).print(f"{name:40}{verdict}", markup=False)
+    if chosen.json:
+        _print_json(verdicts)
+    return int(any(verdict.startswith("BROKEN") for verdict in verdicts.values()))
+
+
+def claims(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise claims`."""
+    from layerwise.testing.claims import check_claims
+
+    ids = [chosen.method] if chosen.method else []
+    with Bars() as bars:
+        verdicts = check_claims(ids, bars)
+    console().print(report.claims_table(verdicts))
+    if chosen.json:
+        _print_json([asdict(verdict) for verdict in verdicts])
+    return 0
+
+
+def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, dict[str, Any]] = {}
+    for id in named_methods(given):
+        prefix = id.rpartition("/")[2]
+        for name in option_flags(id):
+            value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
+            if value is not None:
+                options.setdefault(id, {})[name.replace("-", "_")] = value
+    return {
+        "bits": chosen.bits,
+        "budget": chosen.budget,
+        "levels": _levels(chosen.levels),
+        **_grid(chosen),
+        "density": chosen.density,
+        "pruner": chosen.pruner,
+        "rank": chosen.rank,
+        "compensator": chosen.compensator,
+        "allocate": chosen.allocate,
+        "measure": chosen.by,
+        "format": chosen.format,
+        "options": options,
+    }
+
+
+def _refuse_wishes(given: Sequence[str]) -> None:
+    """A plan says everything; a wish beside it would be ignored."""
+    made = [
+        f"--{id.rpartition('/')[2]}-{name}"
+        for id in named_methods(given)
+        for name in option_flags(id)
+    ]
+    wishes = {*WISHES, *made, *(flag.replace("--", "--no-", 1) for flag in made)}
+    if typed := [word for word in given if word.partition("=")[0] in wishes]:
+        raise UserError(
+            f"--plan says what to do, and {typed[0]} says it too.",
+            "Leave one out, or change the plan's file.",
+        )
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--levels {text} is not a list of widths.", "Write 2,3,4,8.") from None
+
+
+def _grid(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {"group": chosen.group, "symmetric": chosen.symmetric, "method": chosen.method}
+
+
+def _calibration(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": chosen.calibration,
+        "samples": chosen.samples,
+        "length": chosen.length,
+    }
+
+
+def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {"device": _device(chosen.device), "trust_remote_code": chosen.trust_remote_code}
+
+
+def _device(name: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("there is no CUDA device here.", "Use --device auto or --device cpu.")
+    return "cuda" if there and name != "cpu" else "cpu"
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was not asked for: a recipe says only what matters."""
+    return {name: value for name, value in arguments.items() if value not in (None, "", {})}
+
+
+_STEPS = {"compress": lw.compress, "evaluate": lw.evaluate}
+_STEPS_ARE = "Steps are `compress:` and `evaluate:`, each with its arguments."
+
+
+def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe {file}.", "compress writes recipe.yaml.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}", "Give a recipe.yaml.") from error
+    steps: list[tuple[str, dict[str, Any]]] = []
+    for command, arguments in content.items() if isinstance(content, dict) else ():
+        if command not in _STEPS or not isinstance(arguments, dict):
+            raise UserError(f"{file}: {command} is not a step.", _STEPS_ARE)
+        _check_arguments(file, command, arguments)
+        steps.append((command, arguments))
+    if not steps:
+        raise UserError(f"{file} is not a recipe.", _STEPS_ARE)
+    return steps
+
+
+def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> None:
+    import inspect as signatures
+    from dataclasses import fields
+
+    from layerwise.flow.planning import Wish
+
+    known = set(signatures.signature(_STEPS[command]).parameters) - {"wish", "progress", "recipe"}
+    if command == "compress":
+        known |= {field.name for field in fields(Wish)}
+    if unknown := arguments.keys() - known:
+        raise UserError(
+            f"{file}: {command} has no arguments {sorted(unknown)}.",
+            f"It has {', '.join(sorted(known))}.",
+        )
+    for needed in ("model", "out") if command == "compress" else ("model",):
+        if needed not in arguments:
+            raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
+
+
+def _out() -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))

@@ -1,0 +1,288 @@
+"""What can be typed: every command, its flags, its help and its examples."""
+
+import argparse
+import inspect
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from layerwise.core.errors import UserError
+
+MODEL_HELP = "model directory, one .safetensors file, hub id, or builtin:tiny"
+TEXT_HELP = "text file, JSON list of strings, hub data set, or builtin"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what went wrong as every other mistake is said; takes no abbreviated flags."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        """Raise a `UserError`."""
+        raise UserError(f"{message}.", f"Try `{self.prog} --help`.")
+
+
+def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; methods named in `arguments` add their own flags."""
+    parser = Parser(
+        prog="layerwise",
+        description="Measure, budget and rewrite the weights of trained networks, layer by layer.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_examples(
+            "layerwise inspect builtin:tiny",
+            "layerwise compress builtin:tiny -o small --budget 3.5bits --method gptq --group 32",
+            "layerwise evaluate small --against builtin:tiny",
+        ),
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for add in (_inspect, _plan, _compress, _evaluate, _run, _methods, _show, _check, _claims):
+        add(commands, arguments)
+    return parser
+
+
+def _command(commands: Any, name: str, line: str, *examples: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=line,
+        description=line[0].upper() + line[1:] + ".",
+        epilog=_examples(*examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return made
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + textwrap.indent("\n".join(lines), "  ")
+
+
+def _inspect(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "inspect",
+        "show a model's layers, what is left alone, and measures",
+        "layerwise inspect builtin:tiny",
+        "layerwise inspect MODEL --measure lim,zd,error --calibration text.txt",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
+    made.add_argument("--bits", type=int, default=4, help="width at which errors are measured (4)")
+    _grid(made)
+    _calibration(made)
+    _machine(made)
+
+
+def _plan(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "plan",
+        "decide what every layer gets, and write it as a file to edit",
+        "layerwise plan builtin:tiny --budget 3.5bits --method gptq --group 32 -o plan.yaml",
+        "layerwise plan MODEL --budget 40% --calibration text.txt -o plan.yaml",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("-o", "--output", required=True, metavar="FILE", help="plan to write")
+    _wish(made, arguments)
+    _calibration(made)
+    _machine(made)
+
+
+def _compress(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "compress",
+        "write a smaller model, load it back, compare it, report",
+        "layerwise compress builtin:tiny -o small --bits 4 --group 32 --symmetric",
+        "layerwise compress MODEL -o OUT --budget 3.5bits --method gptq --calibration text.txt \\",
+        "    --group 32 --symmetric --format compressed-tensors",
+        "layerwise compress MODEL -o OUT --plan plan.yaml --calibration text.txt",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("-o", "--output", required=True, metavar="OUT", help="directory to make")
+    made.add_argument("--plan", metavar="FILE", help="carry out this plan")
+    _wish(made, arguments)
+    _calibration(made)
+    proof = made.add_argument_group("proof")
+    proof.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    proof.add_argument("--text-samples", type=int, default=32, help="windows of it (32)")
+    proof.add_argument(
+        "--proof",
+        choices=("auto", "logits", "none"),
+        default="auto",
+        help="load the files back and compare logits; auto: if the model can run",
+    )
+    made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    _machine(made)
+
+
+def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "evaluate",
+        "perplexity on a text, and divergence from the original",
+        "layerwise evaluate small --against builtin:tiny",
+        "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("--against", metavar="BASE", help="the model it was made from")
+    made.add_argument("--text", metavar="TEXT", default="builtin", help=f"{TEXT_HELP} (builtin)")
+    made.add_argument("--samples", type=int, default=128, help="windows (128)")
+    made.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _run(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "run",
+        "do what a recipe says; compress writes one beside its output",
+        "layerwise run small/recipe.yaml",
+    )
+    made.add_argument("recipe", metavar="RECIPE", help="YAML file")
+
+
+def _methods(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "methods",
+        "list the methods",
+        "layerwise methods",
+        "layerwise methods quantize --needs nothing",
+    )
+    made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
+    made.add_argument("--needs", choices=("nothing", "calibration", "gradients", "models"))
+
+
+def _show(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "show",
+        "print a method's page: idea, equations, options, claims",
+        "layerwise show quantize/gptq",
+    )
+    made.add_argument("method", metavar="VERB/NAME")
+
+
+def _check(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands, "check", "run the laws of a method's verb on it", "layerwise check quantize/gptq"
+    )
+    made.add_argument("method", metavar="VERB/NAME")
+
+
+def _claims(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "claims",
+        "check what papers claim, on models that are here",
+        "layerwise claims",
+        "layerwise claims quantize/gptq",
+    )
+    made.add_argument("method", nargs="?", metavar="VERB/NAME")
+
+
+def _grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group", type=int, default=128, help="inputs that share a scale; 0: a row (128)"
+    )
+    parser.add_argument("--symmetric", action="store_true", help="store no zero points")
+    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    how = parser.add_argument_group("what to do")
+    size = how.add_mutually_exclusive_group()
+    size.add_argument("--bits", type=int, help="the same width for every layer")
+    size.add_argument(
+        "--budget",
+        default="",
+        metavar="SIZE",
+        help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a width for each layer",
+    )
+    how.add_argument("--levels", default="2,3,4,8", help="widths a budget chooses from (2,3,4,8)")
+    _grid(parser)
+    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
+    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
+    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
+    how.add_argument("--allocate", default="knapsack", metavar="NAME", help="allocator (knapsack)")
+    how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
+    how.add_argument(
+        "--format", choices=("dense", "compressed-tensors"), default="dense", help="(dense)"
+    )
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
+
+
+def _calibration(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("calibration")
+    text.add_argument("--calibration", metavar="TEXT", help=TEXT_HELP)
+    text.add_argument("--samples", type=int, default=64, help="windows (64)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+_NAMING = {
+    "--method": "quantize",
+    "--pruner": "prune",
+    "--compensator": "compensate",
+    "--allocate": "allocate",
+}
+# What a plan says for every layer, and so cannot be asked for beside one.
+WISHES = (
+    "--bits", "--budget", "--levels", "--group", "--symmetric", "--method", "--density", "--pruner",
+    "--rank", "--compensator", "--allocate", "--by", "--format",
+)  # fmt: skip
+_FROM_THE_PLAN = ("bits", "group", "symmetric", "density", "rank", "budget")
+
+
+def named_methods(arguments: Sequence[str]) -> list[str]:
+    """Ids of the methods that a command line names."""
+    found: list[str] = []
+    for position, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if flag in _NAMING:
+            value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
+            found.append(f"{_NAMING[flag]}/{value}")
+    return found
+
+
+def option_flags(id: str) -> dict[str, inspect.Parameter]:
+    """The options that a method takes beyond those of a plan, by the name of their flag."""
+    from layerwise.core import catalogue
+
+    options = catalogue.get(id).options
+    return {
+        name.replace("_", "-"): option
+        for name, option in options.items()
+        if name not in _FROM_THE_PLAN
+    }
+
+
+def _method_flags(
+    arguments: Sequence[str],
+) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
+    sections: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = []
+    for id in named_methods(arguments):
+        flags: list[tuple[str, dict[str, Any]]] = []
+        for name, option in option_flags(id).items():
+            flags.append((f"--{id.rpartition('/')[2]}-{name}", _flag(option)))
+        if flags:
+            sections.append((f"options of {id}", flags))
+    return sections
+
+
+def _flag(option: inspect.Parameter) -> dict[str, Any]:
+    default = option.default
+    if isinstance(default, bool):
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": f"({default})"}
+    kind = type(default) if default is not None else str
+    return {"type": kind, "default": None, "help": f"({default})", "metavar": kind.__name__}

@@ -1,0 +1,1 @@
+"""Repair of what an approximation lost: `(out, in)` floats in, `LowRank` out."""

@@ -1,0 +1,1 @@
+"""What every method shares: contracts, checkpoints, the walk, the plan, safe output."""

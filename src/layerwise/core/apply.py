@@ -1,0 +1,189 @@
+"""One plan, one layer: run its methods in order on the evidence there is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from layerwise.core import catalogue
+from layerwise.core.errors import UserError
+from layerwise.core.plan import LayerPlan
+from layerwise.core.results import LowRank, Pruned, Quantized
+from layerwise.core.structure import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Transformed:
+    """What became of a layer.
+
+    Attributes:
+        layer: The layer.
+        plan: What was asked for.
+        weight: What now multiplies the layer's input, before any fold; float32.
+        quantized: Its codes, if it was quantized; pruned entries stand for 0.0.
+        kept: Its mask, if it was pruned.
+        low_rank: Its correction, included in `weight`.
+        lost: Energy of the layer's output that is lost; of its weight, where nothing ran.
+        energy: Energy of the layer's output before.
+        notes: What its methods want known.
+    """
+
+    layer: Layer
+    plan: LayerPlan
+    weight: Float[Tensor, "out in"]
+    quantized: Quantized | None
+    kept: Bool[Tensor, "out in"] | None
+    low_rank: LowRank | None
+    lost: float
+    energy: float
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """Share of the energy that is lost; a layer whose output is 0 has error 0."""
+        return self.lost / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def input_scale(self) -> Float[Tensor, " in"] | None:
+        """What the layer's feeder must be divided by."""
+        return None if self.quantized is None else self.quantized.input_scale
+
+
+def check_finite(layer: str, weight: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: The weight has some; the message counts them.
+    """
+    # One sum is cheaper than looking at every entry, and NaN or infinity never fails to spoil it.
+    if not torch.isfinite(weight.sum()):
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise UserError(
+                f"{layer}.weight holds NaN or infinity ({bad} of {weight.numel()} entries).",
+                "The checkpoint is damaged or its training diverged: use another one.",
+            )
+
+
+def transform(
+    layers: Sequence[Layer],
+    weights: Sequence[Float[Tensor, "out in"]],
+    evidence: Mapping[str, Any],
+    plans: Sequence[LayerPlan],
+    options: Mapping[str, Mapping[str, Any]],
+) -> list[Transformed]:
+    """Transform layers that read the same input.
+
+    Layers with the same plan are stacked by rows for methods that allow it, so that one Gram
+    matrix is factored once for all of them.
+
+    Args:
+        layers: The layers.
+        weights: Their weights, float32.
+        evidence: What calibration saw of their input; empty for weight-only work.
+        plans: One plan for each.
+        options: Options of methods, by method id.
+
+    Raises:
+        UserError: A weight is not finite, or a method reads evidence that is not there.
+    """
+    for layer, weight in zip(layers, weights, strict=True):
+        check_finite(layer.name, weight)
+    alike: dict[LayerPlan, list[int]] = {}
+    for number, plan in enumerate(plans):
+        alike.setdefault(replace(plan, why=""), []).append(number)
+    done: dict[int, Transformed] = {}
+    for numbers in alike.values():
+        chosen = [weights[n] for n in numbers]
+        names = [layers[n].name for n in numbers]
+        parts = _run_steps(names, chosen, evidence, plans[numbers[0]], options)
+        for number, part in zip(numbers, parts, strict=True):
+            done[number] = _finished(layers[number], plans[number], weights[number], part, evidence)
+    return [done[number] for number in range(len(layers))]
+
+
+@dataclass
+class _Part:
+    weight: Tensor
+    kept: Tensor | None = None
+    quantized: Quantized | None = None
+    low_rank: LowRank | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _run_steps(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    evidence: Mapping[str, Any],
+    plan: LayerPlan,
+    options: Mapping[str, Mapping[str, Any]],
+) -> list[_Part]:
+    parts = [_Part(weight.clone() if not plan.steps else weight) for weight in weights]
+    for id, fixed in plan.steps:
+        method = catalogue.get(id)
+        given = dict(options.get(id, {})) | fixed
+        if given.get("group") == 0:
+            given["group"] = weights[0].shape[1]
+        results = _run(method, names, weights, parts, evidence, given)
+        for part, result in zip(parts, results, strict=True):
+            part.notes += result.notes
+            if isinstance(result, Pruned):
+                part.kept, part.weight = result.kept, result.weight
+            elif isinstance(result, Quantized):
+                kept = part.kept
+                part.quantized = result if kept is None else result.masked(kept)
+                part.weight = part.quantized.dequantize()
+            else:
+                part.low_rank = result
+                part.weight = part.weight + result.product()
+    return parts
+
+
+def _run(
+    method: catalogue.Method,
+    names: Sequence[str],
+    originals: Sequence[Tensor],
+    parts: Sequence[_Part],
+    evidence: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> list[Any]:
+    missing = [word for word in method.evidence
+               if word not in ("weight", "approximation") and word not in evidence]
+    if missing:
+        raise UserError(
+            f"{method.id} reads {', '.join(missing)} of {names[0]}, which calibration gathers.",
+            "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
+        )
+    seen = {word: evidence[word] for word in method.evidence if word in evidence}
+    if "approximation" in method.evidence:
+        return [
+            method.run(**seen, weight=original, approximation=part.weight, **options)
+            for original, part in zip(originals, parts, strict=True)
+        ]
+    if method.rows == "layer" or len(parts) == 1:
+        return [method.run(**seen, weight=part.weight, **options) for part in parts]
+    stacked = method.run(**seen, weight=torch.cat([part.weight for part in parts]), **options)
+    return stacked.split([len(part.weight) for part in parts])
+
+
+def _finished(
+    layer: Layer, plan: LayerPlan, weight: Tensor, part: _Part, evidence: Mapping[str, Any]
+) -> Transformed:
+    gram = evidence.get("gram")
+    lost, energy = _energy(weight - part.weight, gram), _energy(weight, gram)
+    return Transformed(
+        layer, plan, part.weight, part.quantized, part.kept, part.low_rank, lost, energy, part.notes
+    )
+
+
+def _energy(
+    matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None
+) -> float:
+    """Mean squared norm of what a matrix answers, tr(M G M^T); G is the identity if not given."""
+    if gram is None:
+        flat = matrix.flatten()
+        return float(flat.dot(flat))
+    return max(0.0, float((matrix @ gram.to(matrix.dtype)).mul_(matrix).sum()))

@@ -1,0 +1,227 @@
+"""The contract of a method, and the catalogue of methods.
+
+A method is one public function in one file, `layerwise/<verb>/<name>.py`, under its verb's
+decorator.  Its positional parameters name the evidence it reads, in the words of EVIDENCE;
+its keyword-only parameters are its options.  What the method needs, its command-line flags
+and its page in the docs are all read from that signature: nothing is declared twice.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+from layerwise.core.errors import UserError
+
+Need = Literal["nothing", "calibration", "gradients", "models"]
+
+VERBS = ("measure", "allocate", "quantize", "prune", "compensate")
+
+# Evidence, and what must happen before it can be given to a method.
+EVIDENCE: Mapping[str, Need] = MappingProxyType(
+    {
+        "weight": "nothing",  # (out, in), one linear layer
+        "weights": "nothing",  # one tensor per layer, readable more than once
+        "approximation": "nothing",  # (out, in), what a transform made of the weight
+        "scores": "nothing",  # (items,), from a measure; higher is more important
+        "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept
+        "errors": "nothing",  # one (levels,) per item, the error at each level
+        "inputs": "calibration",  # (tokens, in), what the layer or block saw
+        "outputs": "calibration",  # (tokens, out), what the layer or block answered
+        "gram": "calibration",  # (in, in), mean of x x^T over tokens
+        "magnitude": "calibration",  # (in,), mean of |x| over tokens
+        "grad": "gradients",  # (out, in), mean gradient of the loss
+        "base": "models",  # (...), the common ancestor's tensor
+        "models": "models",  # (models, ...), the same tensor of every model
+    }
+)
+_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
+
+# How the rows of a weight hang together, which tells core how it may cut or stack them:
+#   independent  a row's result depends on that row alone: rows may be streamed in slices, and
+#                layers that read the same input stacked, without changing a bit of the result
+#   layer        a row's result depends on its whole layer (the default)
+#   input        layers that read the same input must be given together, stacked by rows
+Rows = Literal["independent", "layer", "input"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLUGINS = "layerwise.methods"
+
+
+class ContractError(TypeError):
+    """A function was registered whose signature breaks its verb's contract."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """Where a method was published; `arxiv` is empty for a baseline without a paper there."""
+
+    title: str
+    year: int
+    arxiv: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One inequality a paper reports, restated so that a small machine can check it.
+
+    Reads: on `bench`, at `options`, the method's loss is below that of `beats` by at least
+    the fraction `margin`.  `source` is the table or figure of the paper that says so.
+    """
+
+    beats: str
+    bench: str
+    options: Mapping[str, Any]
+    margin: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the catalogue."""
+
+    verb: str
+    name: str
+    run: Callable[..., Any]
+    paper: Paper
+    claims: tuple[Claim, ...]
+    exempt: Mapping[str, str]
+    rows: Rows
+    unit: Literal["layer", "block"]
+    evidence: tuple[str, ...] = field(init=False)
+    options: Mapping[str, inspect.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read evidence and options off the signature."""
+        parameters = inspect.signature(self.run).parameters.values()
+        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        object.__setattr__(
+            self, "evidence", tuple(p.name for p in parameters if p.name not in options)
+        )
+        object.__setattr__(self, "options", MappingProxyType(options))
+
+    @property
+    def id(self) -> str:
+        """`verb/name`, as the command line spells it."""
+        return f"{self.verb}/{self.name}"
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.run) or "").partition("\n")[0]
+
+    @property
+    def needs(self) -> Need:
+        """The dearest evidence the method reads."""
+        return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
+
+    def accepts(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the given options that this method has."""
+        return {name: value for name, value in given.items() if name in self.options}
+
+
+_methods: dict[str, Method] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Verb(Generic[R]):
+    """A decorator that admits functions returning `R` and taking the options in `requires`."""
+
+    name: str
+    requires: frozenset[str] = frozenset()
+
+    def __call__(
+        self,
+        paper: Paper,
+        *,
+        claims: tuple[Claim, ...] = (),
+        exempt: Mapping[str, str] = MappingProxyType({}),
+        rows: Rows = "layer",
+        unit: Literal["layer", "block"] = "layer",
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Enter the decorated function in the catalogue and return it unchanged.
+
+        Args:
+            paper: Where the method was published.
+            claims: The inequalities that `layerwise claims` checks; baselines have none.
+            exempt: Laws this method breaks by design, each with the reason.
+            rows: How the rows of a weight hang together; a law holds methods to it.
+            unit: What a measure scores: one layer, or one block with all its layers.
+
+        Raises:
+            ContractError: The function's file, name or parameters break the contract.
+        """
+
+        def register(run: Callable[P, R]) -> Callable[P, R]:
+            name = getattr(run, "__name__", "")
+            method = Method(self.name, name, run, paper, claims, exempt, rows, unit)
+            self._check(method)
+            _methods[method.id] = method
+            return run
+
+        return register
+
+    def _check(self, method: Method) -> None:
+        home = f"layerwise.{self.name}.{method.name}"
+        module = method.run.__module__
+        if module.startswith("layerwise.") and module != home:
+            raise ContractError(f"{method.id} must live in {home}, not {module}")
+        if unknown := [word for word in method.evidence if word not in EVIDENCE]:
+            raise ContractError(f"{method.id} reads {unknown}; evidence is one of {list(EVIDENCE)}")
+        if missing := self.requires - method.options.keys():
+            raise ContractError(f"{method.id} must take the options {sorted(missing)}")
+        if not method.run.__doc__:
+            raise ContractError(f"{method.id} has no docstring")
+
+
+def get(id: str) -> Method:
+    """The method called `verb/name`; imports that method's file and no other.
+
+    Raises:
+        UserError: There is no such method; the message names the closest ones.
+    """
+    verb, _, name = id.partition("/")
+    if id not in _methods:
+        names = _names(verb)
+        if name not in names:
+            close = difflib.get_close_matches(name, names) or names
+            raise UserError(
+                f"there is no method {id!r}.",
+                f"Closest: {', '.join(f'{verb}/{n}' for n in close)}. "
+                f"`layerwise methods {verb}` lists them all.",
+            )
+        names[name]()
+    return _methods[id]
+
+
+def methods(verb: str) -> list[Method]:
+    """Every method of a verb, by name."""
+    return [get(f"{verb}/{name}") for name in _names(verb)]
+
+
+def _names(verb: str) -> dict[str, Callable[[], object]]:
+    """What imports each method.  The folder is the list: there is none to keep in step with it.
+
+    Packages outside join through the entry-point group `layerwise.methods`, with entries
+    named `verb/name` that point at the function.
+    """
+    if verb not in VERBS:
+        raise UserError(f"there is no verb {verb!r}.", f"The verbs are {', '.join(VERBS)}.")
+    package = importlib.import_module(f"layerwise.{verb}")
+    found: dict[str, Callable[[], object]] = {}
+    for entry in importlib.metadata.entry_points(group=_PLUGINS):
+        entry_verb, _, name = entry.name.partition("/")
+        if entry_verb == verb:
+            found[name] = entry.load
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        name = module.name.rpartition(".")[2]
+        if not name.startswith("_"):
+            found[name] = lambda path=module.name: importlib.import_module(path)
+    return dict(sorted(found.items()))

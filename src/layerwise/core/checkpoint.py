@@ -1,0 +1,328 @@
+"""Trained weights by name: a checkpoint on disk, or a module in memory, read a slice at a time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from layerwise.core.errors import UserError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+INDEX = "model.safetensors.index.json"
+# Weights first: training leaves other pickles beside them.
+_PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What a model directory holds beside its weights, and what must not be taken along.
+_LEFT_BEHIND = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OURS = frozenset({"report.json", "recipe.yaml", "plan.yaml"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor before it is read; `size` is in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def size(self) -> int:
+        """Bytes stored."""
+        return self.count * self.dtype.itemsize
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Named tensors that can be read again and again, and what describes the model."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it: a path, or the class of a module."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, in the order the output lists them."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`; empty when there is none."""
+        ...
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Files to carry over beside the weights: configuration, tokenizer, generation."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or rows `start` to `stop` of it, as a copy of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Safetensors files on disk.  Made by `open_checkpoint`, which checks them."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Path]
+    config: Mapping[str, Any]
+    companions: tuple[Path, ...]
+
+    @property
+    def label(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or rows `start` to `stop` of it.
+
+        The file is opened anew for each call: pages of a mapping that stays open would count
+        as this process's memory until the end.
+        """
+        with safe_open(self.files[name], framework="pt") as file:
+            if not self.tensors[name].shape:
+                return file.get_tensor(name).clone()
+            return file.get_slice(name)[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """The state dict of a module in memory."""
+
+    module: nn.Module
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The module's class."""
+        return type(self.module).__name__
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Nothing lies beside a module."""
+        return ()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or rows `start` to `stop` of it."""
+        tensor = self.module.state_dict()[name].detach()
+        return (tensor[start:stop] if tensor.dim() else tensor).clone().contiguous()
+
+
+def open_source(model: str | Path | nn.Module) -> Source:
+    """Open a checkpoint by path, hub id or `builtin:tiny`, or a module in memory.
+
+    Raises:
+        UserError: There is nothing there that can be read safely; the message says what.
+    """
+    return module_source(model) if isinstance(model, nn.Module) else open_checkpoint(model)
+
+
+def module_source(module: nn.Module) -> ModuleSource:
+    """A module in memory; tied parameters are listed once, under their first name."""
+    seen: set[int] = set()
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape))
+    config: Any = getattr(module, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    return ModuleSource(module, MappingProxyType(tensors), MappingProxyType(described))
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open safetensors files without reading any weight, and check that all of them are there.
+
+    Args:
+        model: A model directory, one safetensors file, `builtin:tiny`, or a hub id.
+
+    Raises:
+        UserError: No safetensors, a pickle, a truncated shard, an index that names a tensor
+            or a file which is not there, a tensor in two files.
+    """
+    path = _locate(str(model))
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise _not_safetensors([path])
+        # Beside a config.json it is the weights of that model; elsewhere it is on its own.
+        shards, folder = [path], path.parent if (path.parent / "config.json").exists() else None
+    else:
+        shards, folder = _shards(path), path
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[str, Path] = {}
+    for shard in shards:
+        for info in _header(shard):
+            if info.name in files:
+                raise UserError(
+                    f"both {files[info.name]} and {shard} hold the tensor {info.name}.",
+                    "Give the one that you mean, or remove the other.",
+                )
+            tensors[info.name], files[info.name] = info, shard
+    if path.is_dir():
+        _check_index(path, files)
+    config = _config(folder / "config.json") if folder else {}
+    companions = _companions(folder) if folder else ()
+    return Checkpoint(path, MappingProxyType(tensors), MappingProxyType(files), config, companions)
+
+
+def _locate(model: str) -> Path:
+    if model.startswith("builtin:"):
+        from layerwise import builtin
+
+        if model != "builtin:tiny":
+            raise UserError(f"there is no model {model}.", "The built-in model is builtin:tiny.")
+        return builtin.model_path()
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(
+            f"{model} does not exist.",
+            "Give a model directory, a safetensors file, a hub id (owner/name) or builtin:tiny.",
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{model} is not a local path, and the hub client is not installed.",
+            "pip install 'layerwise[transformers]' to load from the hub.",
+        ) from None
+    try:
+        # Weights as safetensors, descriptions as text: no code, no pickles.
+        kept = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(model, allow_patterns=kept))
+    except Exception as error:
+        raise UserError(
+            f"{model} is not a local path, and the hub could not supply it: {error}",
+            "Check the name and the network, or download it and give the directory.",
+        ) from error
+
+
+def _not_safetensors(files: Sequence[Path]) -> UserError:
+    first = files[0]
+    if not any(first.match(pattern) for pattern in _PICKLES):
+        return UserError(
+            f"{first} is not a safetensors file.",
+            "Give a model directory or a .safetensors file.",
+        )
+    # Tensors that share memory, as tied weights do, must be copied apart to be saved.
+    return UserError(
+        f"{first} is not a safetensors file; a pickle can run any code when it is opened.",
+        'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
+        "[s.save_file({k: v.contiguous().clone() for k, v in "
+        "torch.load(f, weights_only=True).items()}, f.rpartition('.')[0] + '.safetensors') "
+        f'for f in {[str(file) for file in files]}]"',
+    )
+
+
+def _config(file: Path) -> Mapping[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        content: Any = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}", "Download it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not describe a model.", "Download it again.")
+    return content
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+        for name in names:
+            if not (folder / name).exists():
+                raise UserError(
+                    f"{index} names the file {name}, which is not there.",
+                    "Download or copy that shard again.",
+                )
+        return [folder / name for name in names]
+    if shards := sorted(folder.glob("*.safetensors")):
+        return shards
+    for pattern in _PICKLES:
+        if pickles := sorted(folder.glob(pattern)):
+            raise _not_safetensors(pickles)
+    raise UserError(
+        f"{folder} holds no .safetensors file.",
+        "Give the directory that holds the weights; `model.save_pretrained(dir)` writes one.",
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is not a shard index: {error!r}", "Download it again.") from error
+
+
+def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
+    index = folder / INDEX
+    if not index.exists():
+        return
+    for tensor, shard in _weight_map(index).items():
+        if files.get(tensor) != folder / shard:
+            raise UserError(
+                f"{index} says that {shard} holds the tensor {tensor}, but it does not.",
+                "The index and the shards are from different saves: download both again.",
+            )
+
+
+def _header(shard: Path) -> list[TensorInfo]:
+    found: list[TensorInfo] = []
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.offset_keys():
+                view = file.get_slice(name)
+                shape = tuple(int(n) for n in view.get_shape())
+                if view.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"{shard}: tensor {name} has the type {view.get_dtype()}.",
+                        f"layerwise reads {', '.join(DTYPES)}.",
+                    )
+                found.append(TensorInfo(name, DTYPES[view.get_dtype()], shape))
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{shard} is damaged or cut short: {error}", "Download or copy that file again."
+        ) from error
+    return found
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.endswith(_LEFT_BEHIND) and file.name not in _OURS
+    )

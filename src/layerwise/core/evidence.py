@@ -1,0 +1,73 @@
+"""What calibration shows of an input, accumulated as it streams by."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.core.catalogue import EVIDENCE, Method
+from layerwise.core.errors import UserError
+from layerwise.core.structure import Layer
+
+
+class Collector:
+    """Accumulates what methods asked for about one input.
+
+    Args:
+        layer: A layer that reads the input.
+        words: Evidence wanted: any of "gram", "magnitude", "inputs".
+    """
+
+    def __init__(self, layer: Layer, words: frozenset[str]) -> None:
+        self.layer = layer
+        self.words = words
+        self.tokens = 0
+        self._gram = torch.zeros(layer.width, layer.width) if "gram" in words else None
+        self._magnitude = torch.zeros(layer.width, dtype=torch.float64)
+        self._inputs: list[Tensor] = []
+
+    def see(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs, (tokens, in)."""
+        if inputs.shape[1] != self.layer.width:
+            raise UserError(
+                f"{self.layer.name} reads {inputs.shape[1]} inputs with a matrix of width "
+                f"{self.layer.width}: a grouped convolution, of which no evidence is gathered.",
+                "Give that layer a method that needs nothing, such as rtn.",
+            )
+        inputs = inputs.float()
+        self.tokens += len(inputs)
+        if self._gram is not None:
+            self._gram = self._gram.to(inputs.device).addmm_(inputs.T, inputs)
+        if "magnitude" in self.words:
+            self._magnitude += inputs.abs().sum(dim=0, dtype=torch.float64).cpu()
+        if "inputs" in self.words:
+            self._inputs.append(inputs.cpu())
+
+    def evidence(self) -> Mapping[str, Any]:
+        """The evidence, by word.  An expert that no token reached has zeros.
+
+        Raises:
+            UserError: Another layer's input was not seen: its module multiplies in its own way.
+        """
+        if not self.tokens and "expert" not in self.layer.name:
+            raise UserError(
+                f"{self.layer.name} was not seen to multiply anything, so there is no evidence of "
+                "its input.",
+                "Give that layer a method that needs nothing, such as rtn.",
+            )
+        count = max(self.tokens, 1)
+        made: dict[str, Any] = {}
+        if self._gram is not None:
+            made["gram"] = self._gram / count
+        if "magnitude" in self.words:
+            made["magnitude"] = (self._magnitude / count).float()
+        if "inputs" in self.words:
+            made["inputs"] = torch.cat(self._inputs or [torch.zeros(0, self.layer.width)])
+        return made
+
+
+def calibrated_words(methods: Iterable[Method]) -> frozenset[str]:
+    """The evidence that only a calibration run can give, of all that some methods read."""
+    words = {word for method in methods for word in method.evidence}
+    return frozenset(word for word in words if EVIDENCE[word] == "calibration")

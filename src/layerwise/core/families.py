@@ -1,0 +1,223 @@
+"""Architecture facts, as data: one short literal per family, and nothing else knows a name.
+
+Inside a block, a `Reads` lists layers that read the same input, the layer or norm whose output
+that input is (so that a scale can be folded into it), and how many of those layers servers fuse
+into one matrix, which must then have one bit width.  `{}` stands for the number of an expert.
+A checkpoint of no family here falls back to `GENERIC`, which assumes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Layers of one block that read the same input.
+
+    Attributes:
+        layers: Their names inside the block.
+        feeder: Norm or layer whose output they alone read, entry by entry; "" if there is none.
+        fused: So many of them, from the first on, are one matrix in servers.
+    """
+
+    layers: tuple[str, ...]
+    feeder: str = ""
+    fused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the weights alone do not say about an architecture.
+
+    Attributes:
+        types: `model_type` values of `config.json`.
+        only: A setting of `config.json`, and the value for which these facts hold.
+        reads: Which layers share an input.
+        transposed: Endings of layers stored (in, out), as GPT-2's Conv1D does.
+        norm_offset: What a norm adds to its stored weight before it multiplies.
+    """
+
+    types: tuple[str, ...]
+    reads: tuple[Reads, ...] = ()
+    transposed: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    only: tuple[str, Any] | None = None
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = (
+    Reads(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", fused=2),
+    Reads(("mlp.down_proj",), "mlp.up_proj"),
+)
+_LLAMA = (Reads(_QKV, "input_layernorm", fused=3), Reads(("self_attn.o_proj",)), *_GATED)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    Family(("gemma",), _LLAMA, norm_offset=1.0),
+    Family(
+        ("gemma2", "gemma3", "gemma3_text"),
+        (
+            Reads(_QKV, "input_layernorm", fused=3),
+            Reads(("self_attn.o_proj",)),
+            Reads(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", fused=2),
+            Reads(("mlp.down_proj",), "mlp.up_proj"),
+        ),
+        norm_offset=1.0,
+    ),
+    Family(
+        ("phi3",),
+        (
+            Reads(("self_attn.qkv_proj",), "input_layernorm"),
+            Reads(("self_attn.o_proj",)),
+            Reads(("mlp.gate_up_proj",), "post_attention_layernorm"),
+            Reads(("mlp.down_proj",)),
+        ),
+    ),
+    Family(
+        # Attention and MLP read the same norm, side by side.
+        ("phi",),
+        (
+            Reads((*_QKV, "mlp.fc1"), "input_layernorm", fused=3),
+            Reads(("self_attn.dense",)),
+            Reads(("mlp.fc2",)),
+        ),
+    ),
+    Family(
+        ("gpt2",),
+        (
+            Reads(("attn.c_attn",), "ln_1"),
+            Reads(("attn.c_proj",)),
+            Reads(("mlp.c_fc",), "ln_2"),
+            Reads(("mlp.c_proj",)),
+        ),
+        transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
+    Family(
+        ("gpt_neox",),
+        (
+            Reads(("attention.query_key_value",), "input_layernorm"),
+            Reads(("attention.dense",)),
+            Reads(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+            Reads(("mlp.dense_4h_to_h",)),
+        ),
+    ),
+    Family(
+        # The norms come after the residual sum, which reads them too.
+        ("opt",),
+        (
+            Reads(_QKV, fused=3),
+            Reads(("self_attn.out_proj",), "self_attn.v_proj"),
+            Reads(("fc1",)),
+            Reads(("fc2",)),
+        ),
+        only=("do_layer_norm_before", False),
+    ),
+    Family(
+        ("opt",),
+        (
+            Reads(_QKV, "self_attn_layer_norm", fused=3),
+            Reads(("self_attn.out_proj",), "self_attn.v_proj"),
+            Reads(("fc1",), "final_layer_norm"),
+            Reads(("fc2",)),
+        ),
+    ),
+    Family(
+        # The residual stream reads the same norms, so nothing can be folded into them.
+        ("bert", "roberta"),
+        (
+            Reads(("attention.self.query", "attention.self.key", "attention.self.value")),
+            Reads(("attention.output.dense",)),
+            Reads(("intermediate.dense",)),
+            Reads(("output.dense",)),
+        ),
+    ),
+    Family(
+        ("vit",),
+        (
+            Reads(
+                (
+                    "attention.attention.query",
+                    "attention.attention.key",
+                    "attention.attention.value",
+                ),
+                "layernorm_before",
+            ),
+            Reads(("attention.output.dense",)),
+            Reads(("intermediate.dense",), "layernorm_after"),
+            Reads(("output.dense",)),
+            # As transformers 5 names them in memory; on disk they are as above.
+            Reads(("attention.q_proj", "attention.k_proj", "attention.v_proj"), "layernorm_before"),
+            Reads(("attention.o_proj",)),
+            Reads(("mlp.fc1",), "layernorm_after"),
+            Reads(("mlp.fc2",)),
+        ),
+    ),
+    Family(
+        ("mixtral",),
+        (
+            Reads(_QKV, "input_layernorm", fused=3),
+            Reads(("self_attn.o_proj",)),
+            Reads(("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"), fused=2),
+            Reads(("block_sparse_moe.experts.{}.w2",), "block_sparse_moe.experts.{}.w3"),
+        ),
+    ),
+    Family(
+        ("qwen2_moe", "qwen3_moe"),
+        (
+            *_LLAMA,
+            Reads(("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), fused=2),
+            Reads(("mlp.experts.{}.down_proj",), "mlp.experts.{}.up_proj"),
+            Reads(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), fused=2),
+            Reads(("mlp.shared_expert.down_proj",), "mlp.shared_expert.up_proj"),
+        ),
+    ),
+)
+
+GENERIC = Family(())
+
+# The job of a layer, by the end of its name; the first that fits.
+ROLES = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "query": "query",
+    "key": "key",
+    "value": "value",
+    "qkv_proj": "query, key, value",
+    "c_attn": "query, key, value",
+    "query_key_value": "query, key, value",
+    "o_proj": "attention output",
+    "out_proj": "attention output",
+    "self_attn.dense": "attention output",
+    "attention.dense": "attention output",
+    "attention.output.dense": "attention output",
+    "attn.c_proj": "attention output",
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "gate_up_proj": "gate, up",
+    "fc1": "up",
+    "c_fc": "up",
+    "intermediate.dense": "up",
+    "dense_h_to_4h": "up",
+    "down_proj": "down",
+    "w2": "down",
+    "fc2": "down",
+    "mlp.c_proj": "down",
+    "output.dense": "down",
+    "dense_4h_to_h": "down",
+}
+
+# Words in the name of a tensor that is looked up rather than multiplied, or that ends the model.
+EMBEDDINGS = ("wte", "wpe", "position")
+HEADS = ("lm_head", "embed_out", "classifier", "score", "cls", "pooler")
+# Endings of layers that choose experts.
+ROUTERS = ("block_sparse_moe.gate", "mlp.gate", "mlp.shared_expert_gate", ".router")
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """The family that a `config.json` describes; `GENERIC` if there is none."""
+    known = (f for f in FAMILIES if config.get("model_type") in f.types)
+    return next((f for f in known if f.only is None or f.only[1] == config.get(f.only[0])), GENERIC)

@@ -1,0 +1,126 @@
+"""What a run will take, said before it starts: bytes, memory, time."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from layerwise.core import catalogue, memory
+from layerwise.core.apply import transform
+from layerwise.core.checkpoint import Source
+from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.stream import SLICE_ENTRIES
+from layerwise.core.structure import Layer, Structure
+
+_SAMPLE_ROWS = 256
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is foreseen.
+
+    Attributes:
+        size_bytes: Weight files of the output, exact.
+        peak_bytes: Most memory held at once.
+        seconds: Wall time from here.
+    """
+
+    size_bytes: int
+    peak_bytes: int
+    seconds: float
+
+    def as_json(self) -> Mapping[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def forecast(
+    source: Source, found: Structure, plan: Plan, size: int, *, runs: bool, tokens: int, proof: int
+) -> Forecast:
+    """Foresee a run of a plan.
+
+    Time is a sample scaled up: each method on some rows of a layer as wide as those it gets, and
+    one matrix product for the model's forward passes.
+
+    Args:
+        source: The model.
+        found: Its structure.
+        plan: What will be done.
+        size: Bytes of the output.
+        runs: The model is run block by block; otherwise tensors are streamed.
+        tokens: Tokens carried through the model, each text counted.
+        proof: Tokens whose logits are compared after the files are loaded back.
+    """
+    seconds = _transform_seconds(found, plan)
+    if not runs:
+        largest = max(info.size for info in source.tensors.values())
+        peak = memory.peak_bytes() + 2 * largest + 16 * SLICE_ENTRIES * _FLOAT
+        return Forecast(size, peak, seconds + (size + _bytes(source)) / 1e9)
+    weights = sum(info.count for info in source.tensors.values())
+    rate = _products_per_second()
+    seconds += 2 * weights * (2 * tokens + proof) / rate
+    hidden = int(source.config.get("hidden_size") or 0)
+    vocabulary = int(source.config.get("vocab_size") or 0)
+    block = max(
+        sum(layer.count for layer in found.layers.values() if layer.block == name)
+        for name in found.blocks
+    )
+    inputs = {(layer.block, layer.reads): layer.width for layer in found.layers.values()}
+    grams = max(
+        sum(width**2 for (name, _), width in inputs.items() if name == one) for one in found.blocks
+    )
+    activations = 2 * tokens * hidden
+    working = 3 * block + grams + activations
+    proving = weights + 4 * min(proof, 8192) * vocabulary if proof else 0
+    peak = memory.peak_bytes() + _FLOAT * max(working, proving)
+    return Forecast(size, peak, seconds)
+
+
+def _bytes(source: Source) -> int:
+    return sum(info.size for info in source.tensors.values())
+
+
+def _transform_seconds(found: Structure, plan: Plan) -> float:
+    sampled: dict[tuple[LayerPlan, int], float] = {}
+    total = 0.0
+    for name, layer_plan in plan.layers.items():
+        layer = found.layers[name]
+        key = (replace(layer_plan, why=""), layer.width)
+        if key not in sampled:
+            sampled[key] = _sample(layer, layer_plan, plan)
+        total += sampled[key] * layer.rows
+    return total
+
+
+def _sample(layer: Layer, layer_plan: LayerPlan, plan: Plan) -> float:
+    """Seconds per row."""
+    if not layer_plan.steps:
+        return 0.0
+    rows = min(layer.rows, _SAMPLE_ROWS)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, layer.width, generator=generator)
+    words = {word for id, _ in layer_plan.steps for word in catalogue.get(id).evidence}
+    evidence = {
+        "gram": torch.eye(layer.width),
+        "magnitude": torch.ones(layer.width),
+        "inputs": torch.ones(1, layer.width),
+    }
+    smaller = replace(layer, rows=rows)
+    rank = min(layer_plan.rank, rows)
+    begun = time.perf_counter()
+    given = {word: value for word, value in evidence.items() if word in words}
+    transform([smaller], [weight], given, [replace(layer_plan, rank=rank)], plan.options)
+    return (time.perf_counter() - begun) / rows
+
+
+def _products_per_second() -> float:
+    """Multiplications and additions per second of a matrix product."""
+    side = 512
+    left = torch.ones(side, side)
+    torch.mm(left, left)
+    begun = time.perf_counter()
+    for _ in range(4):
+        torch.mm(left, left)
+    return 4 * 2 * side**3 / (time.perf_counter() - begun)

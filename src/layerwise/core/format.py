@@ -1,0 +1,45 @@
+"""What a format must say: the tensors a layer becomes, and what a loader will make of them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.apply import Transformed
+from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.structure import Layer, Structure
+
+
+class Format(Protocol):
+    """A way to store transformed layers."""
+
+    def check(self, plan: Plan, found: Structure) -> None:
+        """Refuse a plan that this format cannot hold.
+
+        Raises:
+            UserError: It names the layer and what the format allows.
+        """
+        ...
+
+    def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
+        """The tensors that take the place of a layer's weight."""
+        ...
+
+    def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
+        """A layer as those tensors; rows of a layer, 32 or a multiple, as rows of its tensors."""
+        ...
+
+    def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
+        """Those of a layer's tensors that its weights have no part in."""
+        ...
+
+    def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The matrix a loader will hold, in float32; `dtype` is the checkpoint's."""
+        ...
+
+    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
+        """What to add to the model's `config.json`."""
+        ...

@@ -1,0 +1,344 @@
+"""The plan: what happens to every layer, and why.  A YAML file a person can read and edit."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerwise.core import catalogue
+from layerwise.core.errors import UserError
+from layerwise.core.results import SCALE_BITS
+from layerwise.core.structure import Layer, Structure
+
+FORMATS = ("dense", "compressed-tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one layer, in this order: prune, quantize, compensate.
+
+    Attributes:
+        bits: Width of a code; None leaves the weights in their own dtype.
+        group: Inputs that share a grid; 0 is the whole row.
+        symmetric: No zero points are stored.
+        method: Quantizer.
+        density: Fraction of weights kept.
+        pruner: Pruner, used when the density is below 1.
+        rank: Columns of the low-rank correction; 0 is none.
+        compensator: Compensator, used when the rank is above 0.
+        why: Why the layer got this, in words.
+    """
+
+    bits: int | None = None
+    group: int = 128
+    symmetric: bool = False
+    method: str = "rtn"
+    density: float = 1.0
+    pruner: str = "magnitude"
+    rank: int = 0
+    compensator: str = "svd"
+    why: str = ""
+
+    @property
+    def steps(self) -> list[tuple[str, dict[str, Any]]]:
+        """The methods to run, in order, each with the options this plan sets."""
+        made: list[tuple[str, dict[str, Any]]] = []
+        if self.density < 1:
+            made.append((f"prune/{self.pruner}", {"density": self.density}))
+        if self.bits is not None:
+            grid = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+            made.append((f"quantize/{self.method}", grid))
+        if self.rank:
+            made.append((f"compensate/{self.compensator}", {"rank": self.rank}))
+        return made
+
+    def stored_bits(self, layer: Layer, dtype_bits: int) -> float:
+        """Bits per weight, everything counted that must be stored beside the bias."""
+        group = self.group or layer.width
+        groups = -(-layer.width // group)
+        if self.bits is None:
+            stored = float(dtype_bits)
+        else:
+            grid = SCALE_BITS + (0 if self.symmetric else self.bits)
+            stored = self.bits + groups * grid / layer.width
+        return stored + self.rank * (layer.rows + layer.width) * dtype_bits / layer.count
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every layer's plan, and what they have in common.
+
+    Attributes:
+        layers: Plan of each layer, by the layer's full name.
+        format: How the output is stored.
+        options: Options of methods beyond what a layer's plan sets, by method id.
+        budget: The budget the plan was made for, as given; "" for none.
+    """
+
+    layers: Mapping[str, LayerPlan]
+    format: str = "dense"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    budget: str = ""
+
+    def methods(self) -> list[catalogue.Method]:
+        """Every method the plan uses, once."""
+        ids = {id for layer in self.layers.values() for id, _ in layer.steps}
+        return [catalogue.get(id) for id in sorted(ids)]
+
+    def average_bits(self, found: Structure, dtype_bits: int) -> float:
+        """Stored bits per weight over all planned layers."""
+        layers = [(found.layers[name], plan) for name, plan in self.layers.items()]
+        stored = sum(plan.stored_bits(layer, dtype_bits) * layer.count for layer, plan in layers)
+        return stored / sum(layer.count for layer, _ in layers)
+
+
+_FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
+
+
+def to_yaml(plan: Plan, model: str, found: Structure) -> str:
+    """The plan as a file: one line per layer, then what is left alone and why."""
+    head = {"model": model, "format": plan.format}
+    if plan.budget:
+        head["budget"] = plan.budget
+    lines = [
+        "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
+        "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
+        "# the order of lines does not matter.  A layer under `layers` with `{}` stays as it is.",
+        yaml.safe_dump(head, sort_keys=False).rstrip(),
+    ]
+    if plan.options:
+        options = {id: dict(chosen) for id, chosen in plan.options.items()}
+        lines.append(yaml.safe_dump({"options": options}).rstrip())
+    lines.append("layers:")
+    for name, layer in plan.layers.items():
+        lines.append(f"  {_scalar(name)}: {_flow(_set_fields(layer))}")
+    lines.append("leave:  # for the reader; these are never touched")
+    lines += [f"  {_scalar(name)}: {_scalar(reason)}" for name, reason in found.left.items()]
+    return "\n".join(lines) + "\n"
+
+
+def read_plan(file: Path, found: Structure) -> Plan:
+    """Read a plan file and lay its patterns over a model's layers.
+
+    Raises:
+        UserError: It is no plan, names an unknown layer, field or method, leaves a layer out,
+            or two patterns claim one layer.
+    """
+    try:
+        # Built on SafeLoader: it makes plain data only.
+        content = yaml.load(file.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"there is no plan {file}.", "`layerwise plan` writes one.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}", "Give a plan's YAML file.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
+    known = {"model", "format", "budget", "options", "layers", "leave"}
+    if unknown := content.keys() - known:
+        raise UserError(
+            f"{file} has the unknown entries {sorted(unknown)}.", f"Known: {sorted(known)}."
+        )
+    options = content.get("options") or {}
+    if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+        raise UserError(
+            f"{file}: `options` is not a mapping of methods.",
+            "Write quantize/gptq: {damping: 0.1}.",
+        )
+    layers = _lay_out(content["layers"], found, file)
+    return Plan(layers, content.get("format", "dense"), options, str(content.get("budget", "")))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
+    claimed: dict[str, str] = {}
+    for pattern in patterns:
+        if pattern in found.layers:
+            continue
+        # A bracket is part of an expert's name, not a set of characters.
+        literal = str(pattern).replace("[", "[[]")
+        matches = [name for name in found.layers if fnmatch.fnmatchcase(name, literal)]
+        if not matches:
+            reason = found.left.get(pattern) or found.left.get(f"{pattern}.weight")
+            why = f"which is left alone: {reason}" if reason else "but the model has no such layer"
+            raise UserError(
+                f"{file} plans {pattern}, {why}.",
+                "`layerwise inspect MODEL` lists the layers.",
+            )
+        for name in matches:
+            if name in claimed and name not in patterns:
+                raise UserError(
+                    f"{file}: both {claimed[name]} and {pattern} claim {name}.",
+                    f"Add a line for {name} itself; an exact name wins.",
+                )
+            claimed[name] = pattern
+    layers: dict[str, LayerPlan] = {}
+    for name in found.layers:
+        source = name if name in patterns else claimed.get(name)
+        if source is None:
+            raise UserError(
+                f"{file} says nothing of the layer {name}.",
+                f"Add it under `layers`; `{name}: {{}}` leaves it as it is.",
+            )
+        layers[name] = _layer_plan(source, patterns[source] or {}, file)
+    return layers
+
+
+def _layer_plan(name: str, given: Any, file: Path) -> LayerPlan:
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: {name} is not a mapping.", "Write name: {bits: 4, group: 32}.")
+    if unknown := given.keys() - _FIELDS.keys():
+        raise UserError(
+            f"{file}: {name} has the unknown fields {sorted(unknown)}.",
+            f"Known: {', '.join(_FIELDS)}.",
+        )
+    for field_name, value in given.items():
+        if not _fits(value, _FIELDS[field_name]):
+            kind = getattr(_FIELDS[field_name], "__name__", str(_FIELDS[field_name]))
+            raise UserError(
+                f"{file}: {name} has {field_name}: {value!r}.", f"It is written as {kind}."
+            )
+    return LayerPlan(**given)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+
+
+def check_plan(plan: Plan, found: Structure) -> None:
+    """Refuse now what would go wrong later.
+
+    Raises:
+        UserError: A number out of range, an unknown method or option, fused layers with
+            different grids, or something the format cannot hold.
+    """
+    if plan.format not in FORMATS:
+        raise UserError(f"unknown format {plan.format!r}.", f"Formats: {', '.join(FORMATS)}.")
+    for id, options in plan.options.items():
+        method = catalogue.get(id)
+        if unknown := options.keys() - method.options.keys():
+            raise UserError(
+                f"{id} has no option {sorted(unknown)}.", f"It has {sorted(method.options)}."
+            )
+    for name, layer_plan in plan.layers.items():
+        _check_layer(name, layer_plan, found.layers[name])
+        for id, _ in layer_plan.steps:
+            _check_rows(id, found.layers[name], plan, found)
+    for item in found.items():
+        _check_fused(item, plan)
+    if not any(layer.steps for layer in plan.layers.values()):
+        raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
+
+
+def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
+    widest = 16
+    allowed = (
+        (
+            plan.bits is None or plan.bits in range(1, widest + 1),
+            f"bits {plan.bits}",
+            f"Bits go from 1 to {widest}.",
+        ),
+        (0 < plan.density <= 1, f"density {plan.density}", "Density is above 0 and at most 1."),
+        (
+            0 <= plan.rank <= min(layer.rows, layer.width),
+            f"rank {plan.rank}",
+            f"Rank goes from 0 to {min(layer.rows, layer.width)} for a layer of "
+            f"{layer.rows} x {layer.width}.",
+        ),
+        (plan.group >= 0, f"group {plan.group}", "A group is a number of inputs; 0 is the row."),
+    )
+    for fine, given, remedy in allowed:
+        if not fine:
+            raise UserError(f"{name}: {given} is not possible.", remedy)
+    if plan.bits is not None and plan.group and layer.width % plan.group:
+        divisors = [g for g in (16, 32, 64, 128, 256) if layer.width % g == 0]
+        raise UserError(
+            f"{name}: a group of {plan.group} does not divide its width of {layer.width}.",
+            f"Groups that do: {', '.join(map(str, [*divisors, layer.width]))}; "
+            "0 stands for the whole row.",
+        )
+
+
+def _check_rows(id: str, layer: Layer, plan: Plan, found: Structure) -> None:
+    """A method that reads an input's layers together needs all of them, and a foldable input."""
+    if catalogue.get(id).rows != "input":
+        return
+    together = [other for other in found.layers.values() if other.reads == layer.reads]
+    if len({_same_work(plan.layers[other.name]) for other in together}) > 1:
+        raise UserError(
+            f"{id} scales the input that {', '.join(o.name for o in together)} read together, but "
+            "the plan treats them differently.",
+            "Give them the same bits, group and method.",
+        )
+    if not layer.feeder:
+        raise UserError(
+            f"{id} cannot be used on {layer.name}: nothing that feeds it can take its scales.",
+            "Give that layer another method, such as rtn.",
+        )
+
+
+def _same_work(plan: LayerPlan) -> LayerPlan:
+    return replace(plan, why="")
+
+
+def _check_fused(item: list[Layer], plan: Plan) -> None:
+    grids = {
+        layer.name: (
+            plan.layers[layer.name].bits,
+            plan.layers[layer.name].group,
+            plan.layers[layer.name].symmetric,
+        )
+        for layer in item
+    }
+    if len(set(grids.values())) > 1:
+        raise UserError(
+            "servers hold these layers as one matrix, but the plan gives them different grids: "
+            + ", ".join(f"{name} {bits} bits" for name, (bits, _, _) in grids.items()),
+            "Give them the same bits, group and symmetry.",
+        )
+
+
+def _set_fields(layer: LayerPlan) -> dict[str, Any]:
+    shown = asdict(layer)
+    if layer.bits is None:
+        for name in ("bits", "group", "symmetric", "method"):
+            shown.pop(name)
+    if layer.density == 1:
+        shown.pop("density")
+        shown.pop("pruner")
+    if not layer.rank:
+        shown.pop("rank")
+        shown.pop("compensator")
+    if not layer.why:
+        shown.pop("why")
+    return shown
+
+
+def _scalar(value: str) -> str:
+    return yaml.safe_dump(value, width=10_000).removesuffix("...\n").rstrip()
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(
+        dict(value), default_flow_style=True, sort_keys=False, width=10_000
+    ).rstrip()

@@ -1,0 +1,479 @@
+"""Run a model one block at a time, its weights read by name when their block comes.
+
+The module tree is built without weights and never filled: each block is called with its
+parameters as arguments.  Everything outside the blocks runs as the model's own forward, with the
+blocks replaced by stand-ins, so no architecture is known here.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from layerwise.core.checkpoint import ModuleSource, Source
+from layerwise.core.errors import UserError
+from layerwise.core.evidence import Collector
+from layerwise.core.structure import Structure, block_of
+
+MICRO_BATCH_TOKENS = 8192
+
+
+class _Stop(Exception):
+    """The stand-in of the first block has what it wants."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a layer's matrix lies in the module tree: a parameter, and a part of it."""
+
+    parameter: str
+    expert: int | None = None
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place and does what it is told."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.act(hidden, *args, **kwargs)
+
+
+class _Tap(TorchFunctionMode):
+    """Shows the input of each watched weight to its collector, whatever module multiplies it."""
+
+    def __init__(self, watched: Mapping[int, Sequence[Collector]]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.functional.linear, torch.addmm, nn.functional.conv2d):
+            weight = kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
+            for collector in self.watched.get(weight.data_ptr(), ()):
+                collector.see(_columns(func, args, kwargs, weight))
+        return func(*args, **kwargs)
+
+
+def _columns(func: Any, args: Sequence[Any], kwargs: Any, weight: Tensor) -> Tensor:
+    """The (tokens, in) matrix that a weight's (out, in) matrix multiplies."""
+    if func is torch.addmm:
+        return args[1]
+    inputs: Tensor = args[0]
+    if func is nn.functional.linear:
+        return inputs.reshape(-1, inputs.shape[-1])
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = (
+        {"stride": 1, "padding": 0, "dilation": 1} | dict(zip(names, args, strict=False)) | kwargs
+    )
+    padding: Any = given["padding"]
+    if isinstance(padding, str):
+        inputs, padding = _padded(inputs, padding, weight, given["dilation"]), 0
+    patches = nn.functional.unfold(
+        inputs,
+        weight.shape[2:],
+        dilation=given["dilation"],
+        padding=padding,
+        stride=given["stride"],
+    )  # (batch, in, places)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def _padded(inputs: Tensor, padding: str, weight: Tensor, dilation: Sequence[int]) -> Tensor:
+    """Inputs with the zeros that "same" (or no "valid") padding adds: the odd one comes last."""
+    if padding == "valid":
+        return inputs
+    sides: list[int] = []
+    for kernel, spread in zip(weight.shape[:1:-1], dilation[::-1], strict=True):
+        total = spread * (kernel - 1)
+        sides += [total // 2, total - total // 2]
+    return nn.functional.pad(inputs, sides)
+
+
+class Runner:
+    """A model that runs from a `Source`, one block in memory at a time, in float32.
+
+    Args:
+        source: Where weights come from.
+        found: The source's structure.
+        device: Where the block at work is put.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Raises:
+        UserError: The model cannot be built here; the message says what is missing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        found: Structure,
+        *,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.source = source
+        self.device = torch.device(device)
+        self.model = _skeleton(source, trust_remote_code)
+        self._names = _module_names(self.model, source)
+        self._places = _places(self._names, found)
+        if absent := [block for block in found.blocks if block and block not in self._names.blocks]:
+            raise UserError(
+                f"{source.label} has {', '.join(absent)}, but {type(self.model).__name__}, as which "
+                "it is run, has nothing there.",
+                "Use methods that read weights alone, with --proof tensors.",
+            )
+        parents = {self._module_path(b).rpartition(".")[0] for b in found.blocks if b}
+        lists = all(isinstance(self.model.get_submodule(p), nn.ModuleList) for p in parents)
+        apart = len(parents) == 1 and "" not in found.blocks and lists and bool(source.config)
+        self.blocks = found.blocks if apart else [""]
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+
+    @property
+    def whole(self) -> bool:
+        """The model runs as one block."""
+        return self.blocks == [""]
+
+    def start(self, ids: Tensor) -> Float[Tensor, "..."]:
+        """What the first block sees of some windows: the embeddings run once, here."""
+        if self.whole:
+            return ids
+        outer = self._parameters("", skip_blocks=True)
+        if not self._calls:
+            self._capture(outer, ids[:1])
+        seen: list[Tensor] = []
+
+        def stop(hidden: Tensor, *_: Any, **__: Any) -> None:
+            seen.append(hidden.cpu())
+            raise _Stop
+
+        with self._stand_ins([stop] * len(self.blocks)), torch.no_grad():
+            for batch in ids.split(self.batch(ids)):
+                with contextlib.suppress(_Stop):
+                    self._call_model(outer, batch)
+        return torch.cat(seen)
+
+    def forward(
+        self,
+        block: str,
+        hidden: Tensor,
+        changed: Mapping[str, Tensor],
+        collectors: Mapping[str, Collector] | None = None,
+    ) -> Tensor:
+        """Carry activations through a block.
+
+        Args:
+            block: One of `blocks`.
+            hidden: What it sees, as `start` or the block before gave it.
+            changed: Tensors of the source, by name, that are to be used instead.
+            collectors: What is to see the inputs of layers, by the layer's name.
+        """
+        parameters = self._parameters(block, changed=changed)
+        watched: dict[int, list[Collector]] = {}
+        for name, collector in (collectors or {}).items():
+            watched.setdefault(self._pointer(parameters, block, name), []).append(collector)
+        module = self.model.get_submodule(self._module_path(block)) if block else self.model
+        args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
+        outputs: list[Tensor] = []
+        with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
+            for batch in hidden.split(self.batch(hidden)):
+                outcome = functional_call(
+                    module, parameters, (batch.to(self.device), *args), kwargs
+                )
+                outputs.append(_first(outcome).cpu())
+        return torch.cat(outputs)
+
+    def logits(
+        self, hidden: Tensor, ids: Tensor, changed: Mapping[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """What the model answers to windows whose activations came out of the last block."""
+        if self.whole:
+            yield from hidden.split(self.batch(ids))
+            return
+        outer = self._parameters("", skip_blocks=True, changed=changed)
+        size = self.batch(ids)
+        batches = zip(hidden.split(size), ids.split(size), strict=True)
+        for batch, tokens in batches:
+            given = batch.to(self.device)
+            acts: list[Callable[..., Any]] = [
+                lambda *_, given=given, **__: self._wrap(given),
+                *[lambda hidden, *_, **__: self._wrap(hidden)] * (len(self.blocks) - 1),
+            ]
+            with self._stand_ins(acts), torch.no_grad():
+                yield _first(self._call_model(outer, tokens)).cpu()
+
+    def batch(self, ids: Tensor) -> int:
+        """Windows that are carried at once."""
+        return 64 if self.whole else max(1, MICRO_BATCH_TOKENS // ids.shape[1])
+
+    def _call_model(self, outer: dict[str, Tensor], ids: Tensor) -> Any:
+        options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}
+        return functional_call(self.model, outer, (ids.to(self.device),), options)
+
+    def _capture(self, outer: dict[str, Tensor], ids: Tensor) -> None:
+        """Learn what each block is called with, from one window, and how the first one answers."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if len(calls) == 1:
+                module = self._block_module
+                outcome = functional_call(
+                    module, self._parameters(self.blocks[0]), (hidden, *args), kwargs
+                )
+                if isinstance(outcome, tuple):
+                    rest = outcome[1:]
+                    self._wrap = lambda hidden: (hidden, *rest)
+            return self._wrap(hidden)
+
+        self._block_module = self.model.get_submodule(self._module_path(self.blocks[0]))
+        with self._stand_ins([record] * len(self.blocks)), torch.no_grad():
+            self._call_model(outer, ids)
+        self._calls = calls
+
+    @contextlib.contextmanager
+    def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        parent = self.model.get_submodule(self._module_path(self.blocks[0]).rpartition(".")[0])
+        assert isinstance(parent, nn.ModuleList)
+        real = list(parent)
+        try:
+            for number, act in enumerate(acts):
+                stand_in = _StandIn(act)
+                # Some models look at attributes of their blocks before they call them.
+                for name, value in vars(real[number]).items():
+                    if not name.startswith("_") and name not in ("training", "act"):
+                        setattr(stand_in, name, value)
+                parent[number] = stand_in
+            yield
+        finally:
+            for number, module in enumerate(real):
+                parent[number] = module
+
+    def _module_path(self, block: str) -> str:
+        """A block's path in the module tree, which checkpoints may name otherwise."""
+        return self._names.blocks[block] if block else ""
+
+    def _parameters(
+        self, block: str, *, skip_blocks: bool = False, changed: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters of a block by their names inside it, read and in float32."""
+        changed = changed or {}
+        path = self._module_path(block)
+        inside = f"{path}." if path else ""
+        blocks = tuple(f"{self._module_path(b)}." for b in self.blocks)
+        made: dict[str, Tensor] = {}
+        for parameter, parts in self._names.tensors.items():
+            if not parameter.startswith(inside) or (skip_blocks and parameter.startswith(blocks)):
+                continue
+            read = [changed[name] if name in changed else self.source.read(name) for name in parts]
+            value = read[0] if len(read) == 1 else self._names.joined(parameter, read)
+            if value.is_floating_point():
+                value = value.float()
+            made[parameter.removeprefix(inside)] = value.to(self.device)
+        return made
+
+    def _pointer(self, parameters: Mapping[str, Tensor], block: str, layer: str) -> int:
+        place = self._places[layer]
+        path = self._module_path(block)
+        value = parameters[place.parameter.removeprefix(f"{path}." if path else "")]
+        if place.expert is not None:
+            value = value[place.expert]
+        return value.data_ptr()
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How the module tree's parameters and blocks are made of a source's."""
+
+    tensors: Mapping[str, list[str]]
+    shapes: Mapping[str, torch.Size]
+    blocks: Mapping[str, str]
+
+    def joined(self, parameter: str, parts: Sequence[Tensor]) -> Tensor:
+        """A parameter that holds every expert, from tensors that hold one each."""
+        return torch.cat([part.reshape(-1) for part in parts]).reshape(self.shapes[parameter])
+
+
+def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
+    """The module tree, its buffers computed, its parameters without storage."""
+    if isinstance(source, ModuleSource):
+        return _hollow(source.module)
+    if not source.config:
+        raise UserError(
+            f"{source.label} has no config.json beside it, so the model cannot be run.",
+            "Give the model's directory, or use methods that read weights alone "
+            "(`layerwise methods --needs nothing`) with --proof tensors.",
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "running the model needs the transformers package.",
+            "pip install 'layerwise[transformers]'.",
+        ) from None
+    architectures = source.config.get("architectures") or [""]
+    known = getattr(transformers, architectures[0], None)
+    folder = next(f.parent for f in source.companions if f.name == "config.json")
+    if known is None and not trust_remote_code:
+        raise UserError(
+            f"{source.label} is a {architectures[0] or 'model of unknown class'}, which "
+            "transformers does not have"
+            + (": its code is remote." if "auto_map" in source.config else "."),
+            "Read that code, then add --trust-remote-code; or use methods that read weights alone.",
+        )
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code and known is None
+    )
+    with _without_storage():
+        if known is not None:
+            config._experts_implementation = "eager"
+            model = known._from_config(config, dtype=torch.float32)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=True
+            )
+    return model.eval()
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy of a module in evaluation mode, its parameters without storage."""
+    without: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in module.parameters()
+    }
+    model = copy.deepcopy(module, without).eval()
+    # Experts one after the other: what multiplies them all at once hides who reads what.
+    getattr(model, "set_experts_implementation", bool)("eager")
+    return model
+
+
+@contextlib.contextmanager
+def _without_storage() -> Iterator[None]:
+    """Register every new parameter on the meta device; buffers keep their values."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # One that is there already is being tied to a second name.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _module_names(model: nn.Module, source: Source) -> _Names:
+    """Find the tensors that make each parameter.
+
+    Raises:
+        UserError: A parameter has none.
+    """
+    persistent = model.state_dict(keep_vars=True)
+    # Tied parameters are one; whichever name the source has gives it.
+    first: dict[int, str] = {}
+    canonical = {name: first.setdefault(id(value), name) for name, value in persistent.items()}
+    rename = _renaming(model, source, persistent)
+    found: dict[str, dict[tuple[int, ...], str]] = {}
+    blocks: dict[str, str] = {}
+    for name in source.tensors:
+        renamed, order = rename(name)
+        if renamed in canonical:
+            found.setdefault(canonical[renamed], {}).setdefault(order, name)
+            blocks[block_of(name)] = block_of(renamed)
+    for name in dict(model.named_parameters()):
+        if name not in found:
+            raise UserError(
+                f"{source.label} lacks the tensor {name} that its model needs.",
+                "Download it again: the checkpoint is not whole, or of another kind than its "
+                "config.json says.",
+            )
+    tensors = {name: [parts[order] for order in sorted(parts)] for name, parts in found.items()}
+    shapes = {name: persistent[name].shape for name in tensors}
+    return _Names(tensors, shapes, blocks)
+
+
+def _renaming(
+    model: nn.Module, source: Source, persistent: Mapping[str, Tensor]
+) -> Callable[[str], tuple[str, tuple[int, ...]]]:
+    """What gives the parameter that a tensor belongs to, and where among its parts it stands.
+
+    transformers knows how each architecture names on disk what it names otherwise in memory.
+    """
+    if isinstance(source, ModuleSource):
+        return lambda name: (name, ())
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    known: list[Any] = get_model_conversion_mapping(cast("Any", model))
+    renamings = [rule for rule in known if not isinstance(rule, WeightConverter)]
+    converters = [rule for rule in known if isinstance(rule, WeightConverter)]
+    places = {
+        pattern: place
+        for rule in converters
+        if _stacks(rule.operations)
+        for place, pattern in enumerate(rule.source_patterns)
+    }
+    prefix = cast("str", getattr(model, "base_model_prefix", ""))
+
+    def rename(name: str) -> tuple[str, tuple[int, ...]]:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, dict(persistent))
+        if pattern is None:
+            return renamed, ()
+        if pattern not in places:
+            raise UserError(
+                f"{source.label}: transformers makes {renamed} out of {name} by a rearrangement "
+                "that layerwise does not follow.",
+                "Use methods that read weights alone, with --proof tensors.",
+            )
+        return renamed, (*map(int, re.findall(r"\d+", name)), places[pattern])
+
+    return rename
+
+
+def _stacks(operations: Sequence[Any]) -> bool:
+    """The operations stack experts, the rows of each expert's matrices on top of each other."""
+    steps = [(type(step).__name__, step.dim) for step in operations if hasattr(step, "dim")]
+    stacked, rows = ("MergeModulelist", 0), ("Concatenate", 1)
+    return len(steps) == len(operations) and steps in ([stacked], [stacked, rows])
+
+
+def _places(names: _Names, found: Structure) -> dict[str, _Place]:
+    by_tensor: dict[str, _Place] = {}
+    for parameter, parts in names.tensors.items():
+        experts = names.shapes[parameter][0] if len(parts) > 1 else 1
+        each = len(parts) // experts
+        for number, name in enumerate(parts):
+            by_tensor[name] = _Place(parameter, number // each if len(parts) > 1 else None)
+    return {
+        layer.name: (
+            _Place(by_tensor[layer.tensor].parameter, layer.expert)
+            if layer.expert is not None
+            else by_tensor[layer.tensor]
+        )
+        for layer in found.layers.values()
+        if layer.tensor in by_tensor
+    }
+
+
+def _first(outcome: Any) -> Tensor:
+    """The tensor that matters in whatever a model or block returns."""
+    if hasattr(outcome, "logits"):
+        return outcome.logits
+    if isinstance(outcome, Tensor):
+        return outcome
+    return outcome[0]

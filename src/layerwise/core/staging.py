@@ -1,0 +1,406 @@
+"""Output that appears whole or not at all, and a run that can be killed anywhere.
+
+All sizes are known before work starts, so every shard is laid out and its disk space reserved
+first; tensors are then written in place, in any order, a slice at a time.  All of it happens in
+`OUT.partial`, which becomes `OUT` by one rename.  A journal beside the shards records each
+finished step with checksums, and whatever the next step needs.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from layerwise.core.checkpoint import DTYPES, INDEX, TensorInfo
+from layerwise.core.errors import UserError
+
+_JOURNAL = "journal.jsonl"
+_LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHARD_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a tensor lies: its file, its first byte there, and what it holds."""
+
+    file: str
+    offset: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Every output tensor's place, and every file's header and length."""
+
+    slots: Mapping[str, Slot]
+    headers: Mapping[str, bytes]
+    lengths: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(self.lengths.values())
+
+    def index(self) -> bytes | None:
+        """The index that says which shard holds a tensor; None for a single file."""
+        if len(self.headers) == 1:
+            return None
+        total = sum(slot.info.size for slot in self.slots.values())
+        files = {name: slot.file for name, slot in sorted(self.slots.items())}
+        return _json({"metadata": {"total_size": total}, "weight_map": files})
+
+
+def arrange(tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES) -> Arrangement:
+    """Lay tensors out in safetensors files of at most `shard_bytes`, or one tensor if larger."""
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in tensors:
+        if shards[-1] and filled + info.size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.size
+    slots: dict[str, Slot] = {}
+    headers: dict[str, bytes] = {}
+    lengths: dict[str, int] = {}
+    for number, shard in enumerate(shards, 1):
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        # Widest entries first keeps every tensor aligned to its own width.
+        ordered = sorted(shard, key=lambda info: -info.dtype.itemsize)
+        header, starts, end = _header(ordered)
+        headers[file], lengths[file] = header, end
+        slots |= {info.name: Slot(file, starts[info.name], info) for info in ordered}
+    return Arrangement(slots, headers, lengths)
+
+
+def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in tensors:
+        span = [end, end + info.size]
+        entries[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": span,
+        }
+        end = span[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    starts = {info.name: len(header) + entries[info.name]["data_offsets"][0] for info in tensors}
+    return header, starts, len(header) + end
+
+
+@dataclass
+class Staging:
+    """One output directory in the making.  Made by `stage`."""
+
+    out: Path
+    folder: Path
+    arrangement: Arrangement
+    lock: IO[bytes]
+    steps: dict[str, dict[str, Any]]
+    handles: dict[str, IO[bytes]]
+    checksums: dict[str, int] = field(default_factory=dict[str, int])
+    added: set[str] = field(default_factory=set[str])
+
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write rows of a tensor, `row` the first of them; slices of a tensor come in order."""
+        slot = self.arrangement.slots[name]
+        assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
+        assert tensor.shape[1:] == torch.Size(slot.info.shape[1:]), f"{name}: {tensor.shape}"
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        stride = slot.info.size // slot.info.shape[0] if slot.info.count and row else 0
+        handle, offset = self.handles[slot.file], slot.offset + row * stride
+        with _room(self.out, self.arrangement.size):
+            left = data
+            while left:
+                written = os.pwrite(handle.fileno(), left, offset)
+                left, offset = left[written:], offset + written
+        self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
+
+    def finish_step(
+        self, step: str, facts: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Record that a step's tensors are on disk, with `facts` for whoever resumes.
+
+        Args:
+            step: The step's name; a resumed run finds it in `steps` and leaves it out.
+            facts: What JSON can hold.
+            state: Tensors that the next step needs; those of the step before are dropped.
+        """
+        entry: dict[str, Any] = {"step": step, "checksums": self.checksums, "facts": dict(facts)}
+        with _room(self.out, self.arrangement.size):
+            self._flush()
+            if state is not None:
+                entry["state"] = f"state-{len(self.steps)}.safetensors"
+                file = self.folder / entry["state"]
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+                _sync(file)
+            _append(self.folder / _JOURNAL, entry)
+        for old in self.steps.values():
+            if state is not None and (stale := old.pop("state", None)):
+                (self.folder / stale).unlink(missing_ok=True)
+        self.steps[step] = entry
+        self.checksums = {}
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The tensors the last finished step left for the next one."""
+        names = [entry["state"] for entry in self.steps.values() if "state" in entry]
+        return load_file(self.folder / names[-1]) if names else None
+
+    def add(self, files: Mapping[str, bytes | Path]) -> None:
+        """Put the small files beside the shards, the shards' index with them."""
+        index = self.arrangement.index()
+        with _room(self.out, self.arrangement.size):
+            self._flush()
+            for name, content in ({**files, INDEX: index} if index else files).items():
+                target = self.folder / name
+                if isinstance(content, bytes):
+                    target.write_bytes(content)
+                else:
+                    shutil.copyfile(content, target)
+                _sync(target)
+                self.added.add(name)
+
+    def publish(self) -> None:
+        """Let the output appear under its name, whole."""
+        self._flush()
+        for handle in self.handles.values():
+            handle.close()
+        _clear(self.folder, self.added | self.arrangement.headers.keys())
+        self.folder.rename(self.out)
+        _sync(self.out.parent)
+        self.lock.close()
+
+    def discard(self) -> None:
+        """Remove what was staged: the run cannot end well."""
+        for handle in self.handles.values():
+            handle.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
+
+    def _flush(self) -> None:
+        for handle in self.handles.values():
+            os.fsync(handle.fileno())
+
+
+def check_target(out: Path) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        UserError: Something is there already.
+    """
+    if out.exists():
+        raise UserError(
+            f"{out} exists already, and nothing is ever overwritten.",
+            "Choose another -o, or remove it yourself.",
+        )
+
+
+def stage(out: Path, arrangement: Arrangement, identity: str, *, restart: bool) -> Staging:
+    """Reserve the disk space for an output, or take up a run that stopped.
+
+    Args:
+        out: Directory to make; must not exist.
+        arrangement: Its tensors.
+        identity: Says what run this is; a stopped run is only taken up by the same one.
+        restart: Throw a stopped run away instead.
+
+    Raises:
+        UserError: The output exists or cannot be made, its disk is too full, another run is at
+            work on it, or a different one stopped there.
+    """
+    check_target(out)
+    folder = out.with_name(out.name + ".partial")
+    lock = _lock(folder, out, arrangement)
+    try:
+        if restart:
+            _clear(folder, {_LOCK})
+        steps = _resume(folder, out, identity)
+        if steps is None or not _laid_out(folder, arrangement):
+            _clear(folder, {_LOCK})
+            _reserve(folder, out, arrangement)
+            _append(folder / _JOURNAL, {"identity": identity})
+            steps = {}
+        handles: dict[str, IO[bytes]] = {
+            file: (folder / file).open("r+b") for file in arrangement.headers
+        }
+        staging = Staging(out, folder, arrangement, lock, steps, handles)
+        _drop_damaged(staging)
+        _rewrite(folder / _JOURNAL, [{"identity": identity}, *staging.steps.values()])
+    except BaseException:
+        lock.close()
+        raise
+    return staging
+
+
+def _lock(folder: Path, out: Path, arrangement: Arrangement) -> IO[bytes]:
+    """Make the folder, or take a stopped run's, for as long as the lock is held."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made: {error.strerror}.", "Choose another -o."
+        ) from error
+    if there and not there & {_LOCK, *arrangement.headers}:
+        raise UserError(
+            f"{folder}, where {out} would be made, holds files that no run put there.",
+            "Choose another -o, or move them away.",
+        )
+    lock = (folder / _LOCK).open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"another run is writing {out} at this moment.", "Wait for it, or choose another -o."
+        ) from None
+    return lock
+
+
+def _clear(folder: Path, kept: Set[str]) -> None:
+    """Remove the files of a run; the journal and the lock, which tell it is one, go last."""
+    files = sorted(folder.iterdir(), key=lambda file: (file.name == _LOCK, file.name == _JOURNAL))
+    for file in files:
+        if file.name not in kept:
+            file.unlink()
+
+
+def _reserve(folder: Path, out: Path, arrangement: Arrangement) -> None:
+    try:
+        with _room(out, arrangement.size):
+            for file, header in arrangement.headers.items():
+                with (folder / file).open("wb") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, arrangement.lengths[file])
+                    handle.write(header)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _laid_out(folder: Path, arrangement: Arrangement) -> bool:
+    """Whether every shard is there, as long as it must be, under its header."""
+    for file, header in arrangement.headers.items():
+        path = folder / file
+        if not path.exists() or path.stat().st_size != arrangement.lengths[file]:
+            return False
+        with path.open("rb") as handle:
+            if handle.read(len(header)) != header:
+                return False
+    return True
+
+
+def _resume(folder: Path, out: Path, identity: str) -> dict[str, dict[str, Any]] | None:
+    """The finished steps of a stopped run; None if it had not begun."""
+    journal = folder / _JOURNAL
+    # A line that a kill cut short has no newline after it.
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+    if not lines:
+        return None
+    entries = [json.loads(line) for line in lines]
+    if entries[0].get("identity") != identity:
+        raise UserError(
+            f"{folder} holds a run that stopped, with other weights or other options than these.",
+            f"Repeat that run's command to finish it, or add --restart to throw it away for {out}.",
+        )
+    return {entry["step"]: entry for entry in entries[1:]}
+
+
+def _drop_damaged(staging: Staging) -> None:
+    """Forget the first step whose bytes are not what the journal says, and all after it."""
+    needs_state = any("state" in entry for entry in staging.steps.values())
+    sound = True
+    for step, entry in list(staging.steps.items()):
+        state = entry.get("state")
+        sound = sound and all(
+            _checksum(staging, name) == value for name, value in entry["checksums"].items()
+        )
+        if not sound:
+            del staging.steps[step]
+        elif state and not _readable(staging.folder / state):
+            # A later step replaced it, or it is damaged.
+            del entry["state"]
+    carried = any("state" in entry for entry in staging.steps.values())
+    if needs_state and not carried:
+        staging.steps.clear()
+
+
+def _checksum(staging: Staging, name: str) -> int:
+    slot = staging.arrangement.slots[name]
+    handle, left, offset, value = staging.handles[slot.file], slot.info.size, slot.offset, 0
+    while left:
+        data = os.pread(handle.fileno(), min(left, 1 << 22), offset)
+        assert data, f"{slot.file} has become shorter"
+        value, left, offset = zlib.crc32(data, value), left - len(data), offset + len(data)
+    return value
+
+
+def _readable(state: Path) -> bool:
+    try:
+        with safe_open(state, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _rewrite(journal: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Leave out what is not to be believed any more, in one go."""
+    fresh = journal.with_name(_JOURNAL + ".new")
+    fresh.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    _sync(fresh)
+    fresh.replace(journal)
+
+
+def _append(journal: Path, entry: Mapping[str, Any]) -> None:
+    with journal.open("ab") as handle:
+        handle.write(json.dumps(entry).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _room(out: Path, size: int) -> Generator[None]:
+    """Say of a full disk that it is one."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports what the system said in words only.
+        if isinstance(error, OSError) and error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"{out} needs {size / 1e9:.3f} GB, and room to work in, which its disk does not have: "
+            f"{getattr(error, 'strerror', None) or error}.",
+            "Make room, or put -o on another disk.",
+        ) from error

@@ -1,0 +1,159 @@
+"""Weight-only work: tensors are read, transformed and written a slice at a time.
+
+The model is never built.  Memory holds one slice where the plan's methods treat rows apart, and
+one layer where they do not.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.core import catalogue
+from layerwise.core.apply import transform
+from layerwise.core.checkpoint import Source, TensorInfo
+from layerwise.core.format import Format
+from layerwise.core.outcome import LayerRow
+from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.progress import Progress
+from layerwise.core.staging import Staging
+from layerwise.core.structure import Layer, Structure
+
+# A slice in float32 should stay in the processor's cache while a method works on it.
+SLICE_ENTRIES = 1 << 18
+_COPY_BYTES = 1 << 24
+# Each step ends with the disk; smaller steps would only wait for it.
+_STEP_BYTES = 1 << 27
+ROW_STEP = 32
+
+
+def stream(
+    source: Source,
+    found: Structure,
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+    progress: Progress,
+) -> list[LayerRow]:
+    """Write every tensor of a source, transformed as planned.
+
+    Returns:
+        One row per layer for the report, those of steps that an earlier run finished included.
+    """
+    by_tensor: dict[str, list[Layer]] = {}
+    for layer in found.layers.values():
+        by_tensor.setdefault(layer.tensor, []).append(layer)
+    steps = _steps(list(source.tensors.values()))
+    progress.stage("transform", len(steps))
+    rows: list[LayerRow] = []
+    # A slice is too small to share among threads: they would only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for infos in steps:
+            rows += _step(source, infos, by_tensor, plan, format, staging)
+            progress.step(infos[0].name)
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def _step(
+    source: Source,
+    infos: Sequence[TensorInfo],
+    by_tensor: Mapping[str, Sequence[Layer]],
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+) -> list[LayerRow]:
+    """Write some tensors, unless an earlier run did."""
+    if entry := staging.steps.get(infos[0].name):
+        return [LayerRow(**row) for row in entry["facts"]["rows"]]
+    rows: list[LayerRow] = []
+    for info in infos:
+        layers = by_tensor.get(info.name, [])
+        if any(plan.layers[layer.name].steps for layer in layers):
+            rows += _transform_tensor(source, info, layers, plan, format, staging)
+        else:
+            rows += [LayerRow.untouched(layer, info) for layer in layers]
+            copy_tensor(source, info, staging)
+    staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
+    return rows
+
+
+def copy_tensor(source: Source, info: TensorInfo, staging: Staging) -> None:
+    """Copy a tensor as it is, in slices."""
+    if not info.shape or not info.count:
+        staging.write(info.name, source.read(info.name))
+        return
+    rows = max(1, _COPY_BYTES * info.shape[0] // info.size)
+    for start in range(0, info.shape[0], rows):
+        staging.write(info.name, source.read(info.name, start, start + rows), start)
+
+
+def _steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+    steps: list[list[TensorInfo]] = [[]]
+    for info in tensors:
+        if steps[-1] and sum(i.size for i in steps[-1]) + info.size > _STEP_BYTES:
+            steps.append([])
+        steps[-1].append(info)
+    return steps
+
+
+def _transform_tensor(
+    source: Source,
+    info: TensorInfo,
+    layers: Sequence[Layer],
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+) -> list[LayerRow]:
+    rows: list[LayerRow] = []
+    whole = source.read(info.name)
+    for layer in layers:
+        matrix, layer_plan = layer.matrix(whole), plan.layers[layer.name]
+        slices: list[Mapping[str, Tensor]] = []
+        lost = energy = 0.0
+        notes: dict[str, None] = {}
+        kept = 0
+        for weight in matrix.split(_rows_at_once(layer, layer_plan)):
+            wide = weight.to(torch.float32, copy=True)
+            done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
+            slices.append(format.encode(done, info))
+            lost, energy = lost + done.lost, energy + done.energy
+            kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
+            notes |= dict.fromkeys(done.notes)
+        write_layer(layer, layer_plan, slices, format, staging)
+        error = lost / energy if energy else 0.0
+        rows.append(
+            LayerRow.of(
+                layer, layer_plan, info, error=error, density=kept / layer.count, notes=tuple(notes)
+            )
+        )
+    return rows
+
+
+def write_layer(
+    layer: Layer,
+    plan: LayerPlan,
+    slices: Sequence[Mapping[str, Tensor]],
+    format: Format,
+    staging: Staging,
+) -> None:
+    """Write a layer that was encoded in slices of rows."""
+    for name in slices[0]:
+        tensor = torch.cat([part[name] for part in slices])
+        if layer.expert is None:
+            staging.write(name, tensor)
+        else:
+            staging.write(name, tensor[None], layer.expert)
+    for name, tensor in format.constants(layer, plan).items():
+        staging.write(name, tensor)
+
+
+def _rows_at_once(layer: Layer, plan: LayerPlan) -> int:
+    """Rows of a slice; all of them where a method needs them together."""
+    apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
+    if not apart or layer.layout == "conv1d":
+        return layer.rows
+    return max(ROW_STEP, SLICE_ENTRIES // layer.width // ROW_STEP * ROW_STEP)

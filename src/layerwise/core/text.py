@@ -1,0 +1,142 @@
+"""Text to token windows, for calibration and for proof."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from layerwise.core.checkpoint import Source
+from layerwise.core.errors import UserError
+
+Text = str | Path | Sequence[str] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of equal length cut one after the other from a text.
+
+    Attributes:
+        ids: Token ids.
+        label: Where they came from, for reports.
+    """
+
+    ids: Int[Tensor, "windows length"]
+    label: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.ids.numel()
+
+
+def windows(
+    source: Source, text: Text, *, samples: int, length: int, role: str = "calibration"
+) -> Windows:
+    """Cut the first `samples` windows of `length` tokens from a text.
+
+    Each document is encoded by itself, with whatever special tokens the tokenizer adds, and they
+    follow each other.
+
+    Args:
+        source: The model; its directory holds the tokenizer.
+        text: A text file, a JSON list of strings, `builtin`, a hub data set, strings, or token
+            ids of shape (windows, length) or (tokens,).
+        samples: Windows wanted; a shorter text gives fewer.
+        length: Tokens per window; at most what the model's positions allow.
+        role: Which built-in text `builtin` means: "calibration" or "heldout".
+
+    Raises:
+        UserError: The text is missing, unreadable, empty or shorter than one window, the model
+            has no tokenizer, or nothing was asked for.
+    """
+    if samples < 1 or length < 2:
+        raise UserError(
+            f"{samples} windows of {length} tokens show nothing.",
+            "Give at least one window of two tokens.",
+        )
+    positions = source.config.get("max_position_embeddings")
+    if positions and length > positions:
+        raise UserError(
+            f"windows of {length} tokens do not fit {source.label}, whose positions end at "
+            f"{positions}.",
+            f"Give --length {positions} or less.",
+        )
+    label = str(text) if isinstance(text, str | Path) else type(text).__name__
+    ids = text.flatten() if isinstance(text, Tensor) else _tokens(source, _documents(text, role))
+    whole = min(samples, len(ids) // length)
+    if not whole:
+        raise UserError(
+            f"the text {label} has {len(ids)} tokens, less than one window of {length}.",
+            "Give a longer text, or a smaller --length.",
+        )
+    return Windows(ids[: whole * length].reshape(whole, length), label)
+
+
+def _documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
+    if not isinstance(text, str | Path):
+        return text
+    if str(text) == "builtin":
+        from layerwise import builtin
+
+        return [builtin.text_path("heldout" if role == "heldout" else "calibration").read_text()]
+    path = Path(text).expanduser()
+    if not path.exists():
+        return _hub_documents(str(text))
+    try:
+        content = path.read_text(encoding="utf-8")
+        documents: Any = json.loads(content) if path.suffix == ".json" else [content]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}", "Give a UTF-8 text file or a JSON list of strings."
+        ) from error
+    if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+        raise UserError(f"{path} is not a JSON list of strings.", 'Write ["text", "text", …].')
+    return documents
+
+
+def _hub_documents(name: str) -> Sequence[str]:
+    missing = UserError(
+        f"there is no text {name}.",
+        "Give a text file, a JSON list of strings, a hub data set (owner/name), or `builtin`.",
+    )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise missing
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError:
+        raise UserError(
+            f"{name} is not a file, and the client for hub data sets is not installed.",
+            "pip install 'layerwise[datasets]', or give a text file.",
+        ) from None
+    try:
+        rows = load_dataset(name, split="train")
+        column = "text" if "text" in rows.column_names else rows.column_names[0]
+        return [str(document) for document in rows[column]]
+    except Exception as error:
+        raise UserError(f"{missing.problem} The hub says: {error}", missing.remedy) from error
+
+
+def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
+    folder = next((f.parent for f in source.companions if f.name == "tokenizer.json"), None)
+    if folder is None:
+        if source.config.get("vocab_size") == 256:  # a model of bytes needs no tokenizer
+            return torch.tensor([byte for text in documents for byte in text.encode()])
+        raise UserError(
+            f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
+            "Copy the tokenizer into the model's directory, or pass token ids from Python.",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(
+            "reading text needs the tokenizers package.", "pip install 'layerwise[transformers]'."
+        ) from None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return torch.tensor([i for e in tokenizer.encode_batch(list(documents)) for i in e.ids])

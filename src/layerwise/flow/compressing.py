@@ -1,0 +1,380 @@
+"""Compress: plan, check, transform, write, load back, compare, report."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from layerwise import export
+from layerwise.core import catalogue, memory
+from layerwise.core.checkpoint import Checkpoint, ModuleSource, Source, TensorInfo, open_source
+from layerwise.core.errors import UserError
+from layerwise.core.forecast import Forecast, forecast
+from layerwise.core.format import Format
+from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
+from layerwise.core.plan import Plan, check_plan, read_plan, to_yaml
+from layerwise.core.progress import Progress
+from layerwise.core.runner import Runner
+from layerwise.core.staging import Staging, arrange, check_target, stage
+from layerwise.core.stream import stream
+from layerwise.core.structure import Structure, structure
+from layerwise.core.text import Text, Windows, windows
+from layerwise.core.walk import Walked, walk
+from layerwise.flow.evaluating import answers, compare, load
+from layerwise.flow.planning import Wish, make_plan
+
+Proving = Literal["auto", "logits", "none"]
+PROOF_WINDOWS = 8
+# Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
+# point or order of codes moves it by far more than this.
+ALLOWED = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a run reads, and how much of it.
+
+    Attributes:
+        calibration: Text that evidence is gathered on; None for the default of the model.
+        samples: Windows of it.
+        length: Tokens per window.
+        heldout: Text that the result is compared on; None for one that calibration did not use.
+        heldout_samples: Windows of it.
+    """
+
+    calibration: Text | None = None
+    samples: int = 64
+    length: int = 256
+    heldout: Text | None = None
+    heldout_samples: int = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, opened, with what its wish needs: nothing is written yet."""
+
+    source: Source
+    found: Structure
+    runner: Runner | None
+    calibration: Windows | None
+    heldout: Windows | None
+
+
+def prepare(
+    model: str | Path | nn.Module,
+    methods: Sequence[catalogue.Method],
+    texts: Texts,
+    *,
+    proof: Proving = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Open a model and read the texts that the methods and the proof need.
+
+    Raises:
+        UserError: The model, or a text that a method needs, is not there.
+    """
+    source = open_source(model)
+    found = structure(source)
+    needy = [method.id for method in methods if method.needs == "calibration"]
+    text = texts.calibration
+    if text is None and str(model) == "builtin:tiny":
+        text = "builtin"
+    if needy and text is None:
+        raise UserError(
+            f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
+            "Add --calibration TEXT (a text file, a JSON list of strings, a hub data set, or "
+            "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
+        )
+    if isinstance(source, ModuleSource):
+        inputs = text if isinstance(text, Tensor) else None
+        given = Windows(inputs, "tensor") if inputs is not None else None
+        runner = Runner(source, found, device=device) if given else None
+        return Prepared(source, found, runner, given if needy else None, given)
+    proving = proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
+    if not needy and not proving:
+        return Prepared(source, found, None, None, None)
+    runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
+    calibration = None
+    if needy and text is not None:
+        calibration = windows(source, text, samples=texts.samples, length=texts.length)
+    heldout = _heldout(source, text, texts, calibration) if proving else None
+    return Prepared(source, found, runner, calibration, heldout)
+
+
+def _readable(source: Source) -> bool:
+    """Whether text can become tokens of this model."""
+    named = any(file.name == "tokenizer.json" for file in source.companions)
+    return named or source.config.get("vocab_size") == 256
+
+
+def _heldout(
+    source: Source, text: Text | None, texts: Texts, calibration: Windows | None
+) -> Windows:
+    length = texts.length
+    if texts.heldout is not None:
+        return windows(
+            source, texts.heldout, samples=texts.heldout_samples, length=length, role="heldout"
+        )
+    if text is None or str(text) == "builtin" or calibration is None:
+        return windows(source, "builtin", samples=texts.heldout_samples, length=length, role="heldout")
+    used = len(calibration.ids)
+    more = windows(source, text, samples=used + texts.heldout_samples, length=length)
+    if len(more.ids) == used:
+        raise UserError(
+            f"the calibration text {more.label} has no window left to compare the result on.",
+            "Give --text TEXT to compare on, fewer --samples, or --proof none.",
+        )
+    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
+
+
+def compress(
+    model: str | Path | nn.Module,
+    out: str | Path,
+    wish: Wish,
+    texts: Texts,
+    progress: Progress,
+    *,
+    plan: Path | Plan | None = None,
+    proof: Proving = "auto",
+    device: str = "cpu",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+) -> Report:
+    """Make a smaller model and prove it.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        out: Directory to make.
+        wish: What to do, if there is no plan.
+        texts: What to calibrate on and compare on.
+        progress: Is told of the stages.
+        plan: A plan, or the file of one.
+        proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        device: Where the block at work is put.
+        restart: Throw away a stopped run with other options.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        recipe: How this run was asked for; written beside the output.
+
+    Raises:
+        UserError: Nothing was written.
+    """
+    begun = time.perf_counter()
+    target = Path(out)
+    check_target(target)
+    source = open_source(model)
+    found = structure(source)
+    ready = read_plan(plan, found) if isinstance(plan, Path) else plan
+    methods = ready.methods() if ready else wish.methods()
+    prepared = prepare(
+        model, methods, texts, proof=proof, device=device, trust_remote_code=trust_remote_code
+    )
+    source, found = prepared.source, prepared.found
+    if ready is None:
+        calibration = prepared.calibration
+        ready = make_plan(
+            source, found, wish, prepared.runner, calibration.ids if calibration else None, progress
+        )
+    check_plan(ready, found)
+    format = export.get(ready.format)
+    format.check(ready, found)
+    arrangement = arrange(_output_tensors(source, found, ready, format))
+    foreseen = _forecast(prepared, ready, arrangement.size)
+    _check_disk(target, arrangement.size)
+    staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
+    try:
+        rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
+    except UserError:
+        staging.discard()
+        raise
+    staging.add(_small_files(prepared, ready, format, recipe or {}))
+    proved = _prove(prepared, staging.folder, answered, progress, trust_remote_code)
+    report = Report(
+        model=source.label,
+        out=str(target),
+        format=ready.format,
+        layers=rows,
+        left=found.left,
+        bytes_before=sum(info.size for info in source.tensors.values()),
+        bytes_after=arrangement.size,
+        average_bits=_average_bits(rows),
+        comparison=comparison,
+        proof=proved,
+        seconds=time.perf_counter() - begun,
+        cpu_seconds=memory.cpu_seconds(),
+        peak_bytes=memory.peak_bytes(),
+        forecast=foreseen.as_json(),
+        notes=_notes(prepared, ready),
+    )
+    staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
+    staging.publish()
+    return report
+
+
+def _average_bits(rows: Sequence[LayerRow]) -> float:
+    stored = sum(row.stored_bits * row.rows * row.width for row in rows)
+    return stored / sum(row.rows * row.width for row in rows)
+
+
+def _output_tensors(
+    source: Source, found: Structure, plan: Plan, format: Format
+) -> list[TensorInfo]:
+    by_tensor = {layer.tensor: layer for layer in found.layers.values()}
+    made: list[TensorInfo] = []
+    for info in source.tensors.values():
+        layer = by_tensor.get(info.name)
+        if layer is None or layer.expert is not None:
+            made.append(info)
+        else:
+            made += format.tensors(layer, plan.layers[layer.name], info)
+    return made
+
+
+def _forecast(prepared: Prepared, plan: Plan, size: int) -> Forecast:
+    calibration = prepared.calibration.tokens if prepared.calibration else 0
+    heldout = prepared.heldout.tokens if prepared.heldout else 0
+    return forecast(
+        prepared.source, prepared.found, plan, size,
+        runs=prepared.heldout is not None or prepared.calibration is not None,
+        tokens=calibration + 2 * heldout, proof=heldout,
+    )
+
+
+def _check_disk(out: Path, size: int) -> None:
+    place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise UserError(
+            f"{out} needs {size / 1e9:.3f} GB, but {place} has {free / 1e9:.3f} GB free.",
+            "Make room, or put -o on another disk.",
+        )
+
+
+def _identity(prepared: Prepared, plan: Plan) -> str:
+    """Says what a run is: the same inputs and the same plan give the same bytes."""
+    digest = hashlib.sha256(to_yaml(plan, "", prepared.found).encode())
+    for info in prepared.source.tensors.values():
+        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+    if isinstance(prepared.source, Checkpoint):
+        for file in sorted(set(prepared.source.files.values())):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    for text in (prepared.calibration, prepared.heldout):
+        if text is not None:
+            digest.update(text.ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _transform(
+    prepared: Prepared, plan: Plan, format: Format, staging: Staging, progress: Progress
+) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
+    """Write the tensors; the comparison and the logits of the proof, if the model was run."""
+    runner, heldout = prepared.runner, prepared.heldout
+    if runner is None or (heldout is None and prepared.calibration is None):
+        rows = stream(prepared.source, prepared.found, plan, format, staging, progress)
+        return rows, None, None
+    calibration = prepared.calibration
+    ids = heldout.ids if heldout else None
+    carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
+    walked = walk(
+        runner, prepared.found, plan, format, staging, progress,
+        calibration=calibration.ids if calibration else None, heldout=carried,
+    )
+    if heldout is None:
+        return walked.rows, None, None
+    first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
+    if runner.whole:
+        return walked.rows, None, first
+    return walked.rows, _compare(runner, walked, heldout), first
+
+
+def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
+    return compare(
+        heldout.ids,
+        runner.logits(walked.heldout, heldout.ids, {}),
+        runner.logits(walked.heldout_before, heldout.ids, {}),
+        heldout.label,
+    )
+
+
+def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:
+    return runner.logits(hidden[:count], ids[:count], {})
+
+
+def _small_files(
+    prepared: Prepared, plan: Plan, format: Format, recipe: Mapping[str, Any]
+) -> dict[str, bytes | Path]:
+    source = prepared.source
+    files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
+    added = format.config(plan, prepared.found)
+    if source.config and added:
+        config = dict(source.config) | dict(added)
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files["plan.yaml"] = to_yaml(plan, source.label, prepared.found).encode()
+    if recipe:
+        files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
+    return files
+
+
+def _prove(
+    prepared: Prepared,
+    folder: Path,
+    expected: Tensor | None,
+    progress: Progress,
+    trust_remote_code: bool,
+) -> Proof | None:
+    """Load the files back with the loader their users will have, and compare.
+
+    Raises:
+        RuntimeError: They do not answer as the model in memory did.
+    """
+    if expected is None or prepared.heldout is None:
+        return None
+    progress.stage("load back", 1)
+    ids = prepared.heldout.ids[:PROOF_WINDOWS]
+    source = prepared.source
+    if isinstance(source, ModuleSource):
+        tensors = {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
+        with torch.no_grad():
+            found = functional_call(source.module, tensors, (ids,))
+        loader = "safetensors"
+    else:
+        replaced = replace(source, config=json.loads((folder / "config.json").read_text()))
+        model = load(folder, replaced, trust_remote_code=trust_remote_code)
+        found = torch.cat(list(answers(model, ids)))
+        loader = f"transformers {type(model).__name__}"
+    progress.step("load back")
+    difference = float((found.float() - expected).abs().max())
+    allowed = ALLOWED * float(expected.abs().max())
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"the files in {folder} do not answer as the model in memory did: logits differ by up "
+            f"to {difference:.3g}, {allowed:.3g} is allowed ({loader})"
+        )
+    return Proof(loader, difference, allowed, ids.numel())
+
+
+def _notes(prepared: Prepared, plan: Plan) -> list[str]:
+    notes: list[str] = []
+    if prepared.heldout is None:
+        notes.append(
+            "not proven: the model was not run. `layerwise evaluate OUT --against MODEL` compares."
+        )
+    if plan.format == "dense" and any(p.bits is not None for p in plan.layers.values()):
+        notes.append(
+            "a dense file keeps its size whatever the bits; --format compressed-tensors packs them"
+        )
+    if any(layer.density < 1 for layer in plan.layers.values()):
+        notes.append("pruned weights are stored as zeros: no format here leaves them out")
+    return notes

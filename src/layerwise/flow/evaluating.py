@@ -1,0 +1,107 @@
+"""How good a model still is: against its text, and against the model it was made from."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layerwise.core.checkpoint import Source
+from layerwise.core.errors import UserError
+from layerwise.core.outcome import Comparison
+
+Answers = Callable[[Tensor], Iterable[Tensor]]
+
+
+def compare(
+    ids: Tensor, after: Iterable[Tensor], before: Iterable[Tensor] | None, text: str
+) -> Comparison:
+    """Perplexity, and divergence from the original, over windows of text.
+
+    The first token of a window is not predicted.  KL is from the original to the result, in nats
+    per token; cross-entropies are summed in float64.
+
+    Args:
+        ids: Token ids, (windows, length).
+        after: Logits of the result, batch after batch, (batch, length, vocabulary).
+        before: The same of the original.
+        text: Where the windows came from.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)  # cross-entropy, the original's, KL, agreement
+    start = 0
+    originals: Iterator[Tensor] | None = iter(before) if before is not None else None
+    for logits in after:
+        batch = ids[start : start + len(logits)]
+        start += len(logits)
+        scored = functional.log_softmax(logits[:, :-1].float(), dim=-1)
+        totals[0] += _cross_entropy(scored, batch)
+        if originals is not None:
+            reference = functional.log_softmax(next(originals)[:, :-1].float(), dim=-1)
+            totals[1] += _cross_entropy(reference, batch)
+            divergence = functional.kl_div(scored, reference, reduction="none", log_target=True)
+            totals[2] += divergence.sum(dtype=torch.float64)
+            totals[3] += (scored.argmax(dim=-1) == reference.argmax(dim=-1)).sum()
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    entropy, entropy_before, divergence_sum, agreed = (totals / tokens).tolist()
+    if before is None:
+        return Comparison(tokens, math.exp(entropy), None, None, None, text)
+    return Comparison(
+        tokens, math.exp(entropy), math.exp(entropy_before), divergence_sum, agreed, text
+    )
+
+
+def _cross_entropy(scored: Tensor, ids: Tensor) -> Tensor:
+    return -scored.gather(2, ids[:, 1:, None]).sum(dtype=torch.float64)
+
+
+def load(folder: Path, source: Source, *, trust_remote_code: bool = False) -> Any:
+    """Load a model directory as its users will, with transformers, to compute in float32.
+
+    Raises:
+        UserError: A package it needs is missing.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError:
+        raise UserError(
+            "loading the model needs the transformers package.",
+            "pip install 'layerwise[transformers]'.",
+        ) from None
+    if source.config.get("quantization_config"):
+        _require_compressed_tensors()
+    logging.disable_progress_bar()
+    architecture = (source.config.get("architectures") or [""])[0]
+    loader = getattr(transformers, architecture, None)
+    if loader is None and not trust_remote_code:
+        raise UserError(
+            f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
+            "does not have: its code is remote.",
+            "Read that code, then add --trust-remote-code.",
+        )
+    causal = loader is None or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    loader = transformers.AutoModelForCausalLM if causal else loader
+    model = loader.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    return model.eval()
+
+
+def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
+    """Logits of a loaded model, batch after batch."""
+    with torch.no_grad():
+        for part in ids.split(batch):
+            yield model(part).logits
+
+
+def _require_compressed_tensors() -> None:
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "reading this checkpoint needs the compressed-tensors package.",
+            "pip install 'layerwise[compressed-tensors]'.",
+        ) from None

@@ -1,0 +1,1 @@
+"""Fewer weights: `(out, in)` float in, `Pruned` out."""

@@ -1,0 +1,165 @@
+"""Grids of evenly spaced points, one per group of consecutive inputs of an output row."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from layerwise.core.errors import UserError
+from layerwise.core.results import Quantized
+
+MOST_BITS = 16
+
+# What a scale is stored as, whatever the weight's dtype.  It has the range of float32, so no
+# layer overflows it; picking a dtype by the values would make one row depend on another.  Its
+# eight significant bits are exact in float16 too, so float16 checkpoints can hold the same scales.
+SCALE_DTYPE = torch.bfloat16
+
+
+def check_grid(weight: Float[Tensor, "out in"], bits: int, group: int) -> None:
+    """Refuse options that describe no grid.
+
+    Raises:
+        UserError: `bits` is not from 1 to 16, `group` is below 1 or the weight has no entries.
+    """
+    if not 1 <= bits <= MOST_BITS:
+        raise UserError(f"bits is {bits}.", f"Give bits from 1 to {MOST_BITS}.")
+    if group < 1:
+        raise UserError(f"group is {group}.", "Give the number of inputs per grid, 1 or more.")
+    if not weight.numel():
+        raise UserError(f"the weight is empty, {tuple(weight.shape)}.", "Leave the layer out.")
+
+
+def by_group(values: Float[Tensor, "rows width"], group: int) -> Float[Tensor, "rows groups _"]:
+    """Cut every row into groups, in float32; the last one is filled up with zeros."""
+    # One group wider than the row is the row.
+    group = min(group, values.shape[1])
+    # Every range is widened to hold 0.0, so zeros move none.
+    values = values.float()
+    if missing := -values.shape[1] % group:
+        values = functional.pad(values, (0, missing))
+    return values.reshape(len(values), -1, group)  # (rows, groups, group)
+
+
+def fit(
+    grouped: Float[Tensor, "*grids group"], bits: int, symmetric: bool
+) -> tuple[Float[Tensor, "*grids"], Float[Tensor, "*grids"]]:
+    """Fit one grid to the values along the last axis.
+
+    With top = 2^bits - 1, a symmetric grid spans the largest magnitude on both sides of 0.0
+    (full range: all 2^bits codes are used), an asymmetric one the range widened to hold 0.0:
+
+        symmetric:   scale = max |w| / (top / 2)                 zero = 2^(bits - 1)
+        asymmetric:  scale = (max(w, 0) - min(w, 0)) / top       zero = round(-min(w, 0) / scale)
+
+    The scale is rounded up to what SCALE_DTYPE holds before anything is computed with it, so
+    that codes are chosen on the grid that is stored and no value falls off its ends.
+
+    Returns:
+        Scale and zero point, both float32; zero points are whole numbers.
+
+    Raises:
+        UserError: A value is NaN or infinite.
+    """
+    low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
+    return span(low, high, bits, symmetric)
+
+
+def span(
+    low: Float[Tensor, "*grids"], high: Float[Tensor, "*grids"], bits: int, symmetric: bool
+) -> tuple[Float[Tensor, "*grids"], Float[Tensor, "*grids"]]:
+    """The grid of `fit`, from the least and the greatest value it is to hold."""
+    top = 2**bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    # Divided before they are added, so that the widest float32 range does not overflow.
+    scale = _storable(high / top - low / top)
+    zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
+    return scale, zero
+
+
+def fit_clipped(
+    grouped: Float[Tensor, "*grids group"],
+    importance: Float[Tensor, "*#grids group"],
+    bits: int,
+    symmetric: bool,
+    clips: int,
+) -> tuple[Float[Tensor, "*grids"], Float[Tensor, "*grids"]]:
+    """The grid of `fit`, over the range that loses least.
+
+    The ranges tried are 100%, 99%, 98% ... of the whole, `clips` of them; a narrower range
+    has finer steps but clips its ends.  The loss is sum of importance (decode(encode(w)) - w)^2.
+    """
+    scale, zero = fit(grouped, bits, symmetric)
+    if clips == 1:
+        return scale, zero
+    low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
+    least = _loss(grouped, scale, zero, importance, bits)
+    for clip in range(1, clips):
+        kept = 1 - clip / 100
+        narrow, shifted = span(kept * low, kept * high, bits, symmetric)
+        loss = _loss(grouped, narrow, shifted, importance, bits)
+        better = loss < least
+        least = loss.where(better, least)
+        scale, zero = narrow.where(better, scale), shifted.where(better, zero)
+    return scale, zero
+
+
+def encode(
+    values: Float[Tensor, "*grids group"],
+    scale: Float[Tensor, "*grids"],
+    zero: Float[Tensor, "*grids"],
+    bits: int,
+) -> Float[Tensor, "*grids group"]:
+    """Codes of the nearest grid points: clamp(round(w / scale) + zero, 0, 2^bits - 1)."""
+    codes = values / scale[..., None]
+    return codes.round_().add_(zero[..., None]).clamp_(0, 2**bits - 1)
+
+
+def pack(
+    codes: Float[Tensor, "out padded"],
+    scale: Float[Tensor, "out groups"],
+    zero: Float[Tensor, "out groups"],
+    *,
+    width: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    notes: tuple[str, ...] = (),
+) -> Quantized:
+    """Codes and grids as they are stored; codes past `width` only filled up the last group."""
+    whole = codes[:, :width].int()
+    return Quantized(
+        # Torch converts float32 to int32 and that to uint8 faster than float32 to uint8.
+        whole if bits > 8 else whole.to(torch.uint8),
+        scale.to(SCALE_DTYPE),
+        zero.int(),
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        notes=notes,
+    )
+
+
+def _storable(scale: Float[Tensor, "*grids"]) -> Float[Tensor, "*grids"]:
+    """Round positive scales up to SCALE_DTYPE, which is the upper half of a float32."""
+    if not scale.isfinite().all():
+        raise UserError(
+            "the weight holds NaN or infinity.", "Repair the checkpoint or leave the layer out."
+        )
+    # An all-zero group has no range; any positive step encodes it exactly.
+    scale = scale.masked_fill(scale == 0, 1.0).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
+    return scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+
+
+def _loss(
+    values: Float[Tensor, "*grids group"],
+    scale: Float[Tensor, "*grids"],
+    zero: Float[Tensor, "*grids"],
+    importance: Float[Tensor, "*#grids group"],
+    bits: int,
+) -> Float[Tensor, "*grids"]:
+    error = encode(values, scale, zero, bits).sub_(zero[..., None]).mul_(scale[..., None])
+    return error.sub_(values).square_().mul_(importance).sum(dim=-1)

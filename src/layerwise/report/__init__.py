@@ -1,0 +1,25 @@
+"""What people read: tables for the terminal, pages for the docs."""
+
+from layerwise.report.pages import page
+from layerwise.report.tables import (
+    claims_table,
+    comparison,
+    layer_table,
+    methods_table,
+    plan_table,
+    structure_json,
+    structure_table,
+    summary,
+)
+
+__all__ = [
+    "claims_table",
+    "comparison",
+    "layer_table",
+    "methods_table",
+    "page",
+    "plan_table",
+    "structure_json",
+    "structure_table",
+    "summary",
+]

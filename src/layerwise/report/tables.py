@@ -1,0 +1,197 @@
+"""Tables for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.core.catalogue import Method
+from layerwise.core.checkpoint import Source
+from layerwise.core.outcome import Comparison, Report
+from layerwise.core.plan import Plan
+from layerwise.core.structure import Structure
+
+if TYPE_CHECKING:
+    from layerwise.testing.claims import Verdict
+
+
+def structure_table(
+    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
+) -> Group:
+    """The layers of a model with their scores, and what is left alone."""
+    table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
+    for name in scores:
+        table.add_column(name, justify="right")
+    for layer in found.layers.values():
+        size = layer.count * source.tensors[layer.tensor].dtype.itemsize
+        values = [f"{scores[name][layer.name]:.4g}" for name in scores]
+        table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
+    alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
+    for reason, names in _by_reason(found).items():
+        shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        alone.add_row(shown, _mb(sum(source.tensors[n].size for n in names)), reason)
+    total = sum(info.size for info in source.tensors.values())
+    planned = sum(layer.count for layer in found.layers.values())
+    blocks = len([block for block in found.blocks if block])
+    line = (
+        f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
+        f"work on, {_mb(total)} MB in all"
+    )
+    return Group(table, alone, Text(line))
+
+
+def structure_json(
+    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """The same as JSON."""
+    layers = [
+        {
+            "layer": layer.name,
+            "tensor": layer.tensor,
+            "block": layer.block,
+            "role": layer.role,
+            "rows": layer.rows,
+            "width": layer.width,
+            "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
+            "reads_with": layer.reads,
+            "fused_with": layer.fused,
+            **{name: scores[name][layer.name] for name in scores},
+        }
+        for layer in found.layers.values()
+    ]
+    return {"model": source.label, "layers": layers, "left": dict(found.left)}
+
+
+def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
+    """What a plan gives to each layer."""
+    table = _table(
+        ("layer", "left"), ("bits", "right"), ("stored", "right"), ("method", "left"),
+        ("density", "right"), ("rank", "right"), ("why", "left"),
+    )
+    stored = count = 0.0
+    for name, layer_plan in plan.layers.items():
+        layer = found.layers[name]
+        bits = layer_plan.stored_bits(layer, source.tensors[layer.tensor].dtype.itemsize * 8)
+        stored, count = stored + bits * layer.count, count + layer.count
+        method = " + ".join(id.partition("/")[2] for id, _ in layer_plan.steps) or "none"
+        table.add_row(
+            name, _dash(layer_plan.bits), f"{bits:.3f}", method, f"{layer_plan.density:.2f}",
+            _dash(layer_plan.rank or None), layer_plan.why,
+        )
+    return Group(table, Text(f"{stored / count:.3f} bits stored per weight on average"))
+
+
+def layer_table(report: Report) -> Table:
+    """One row per layer of a finished run."""
+    table = _table(
+        ("layer", "left"), ("KB before", "right"), ("KB after", "right"), ("bits", "right"),
+        ("density", "right"), ("rank", "right"), ("error", "right"), ("method", "left"),
+        ("why", "left"),
+    )
+    for row in report.layers:
+        why = "; ".join(part for part in (row.why, *row.notes) if part)
+        table.add_row(
+            row.layer, f"{row.bytes_before / 1e3:.1f}", f"{row.bytes_after / 1e3:.1f}",
+            _dash(row.bits), f"{row.density:.2f}", _dash(row.rank or None), f"{row.error:.3%}",
+            row.method, why,
+        )
+    return table
+
+
+def summary(report: Report) -> Group:
+    """The outcome of a run in a few lines."""
+    table = _table(("", "left"), ("before", "right"), ("after", "right"))
+    table.add_row("weight files, MB", _mb(report.bytes_before), _mb(report.bytes_after))
+    table.add_row("bits per planned weight", _dtype_bits(report), f"{report.average_bits:.3f}")
+    if seen := report.comparison:
+        table.add_row("perplexity", _number(seen.perplexity_before), _number(seen.perplexity))
+        table.add_row("KL to the original, nats", "", _number(seen.kl))
+        table.add_row("top-1 agreement", "", f"{seen.top1:.2%}" if seen.top1 is not None else "-")
+    foreseen = report.forecast
+    table.add_row(
+        "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.seconds:.1f}"
+    )
+    table.add_row(
+        "peak MB (forecast, measured)", _mb(foreseen["peak_bytes"]), _mb(report.peak_bytes)
+    )
+    lines = [Text(f"{report.model} -> {report.out} ({report.format})")]
+    if seen := report.comparison:
+        lines.append(Text(f"compared on {seen.tokens:,} tokens of {seen.text}"))
+    if proof := report.proof:
+        lines.append(
+            Text(
+                f"proven: loaded back by {proof.loader}, logits of {proof.tokens:,} tokens differ "
+                f"by at most {proof.largest_difference:.2g} (allowed {proof.allowed:.2g})"
+            )
+        )
+    return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes))
+
+
+def comparison(seen: Comparison) -> Table:
+    """The outcome of `evaluate`."""
+    table = _table(("", "left"), ("value", "right"))
+    table.add_row("text", seen.text)
+    table.add_row("tokens", f"{seen.tokens:,}")
+    table.add_row("perplexity", _number(seen.perplexity))
+    if seen.perplexity_before is not None:
+        table.add_row("perplexity of the original", _number(seen.perplexity_before))
+        table.add_row("KL to the original, nats", _number(seen.kl))
+        table.add_row("top-1 agreement", f"{seen.top1:.2%}")
+    return table
+
+
+def methods_table(methods: Sequence[Method]) -> Table:
+    """One row per method."""
+    table = _table(("method", "left"), ("needs", "left"), ("what it does", "left"))
+    for method in methods:
+        table.add_row(method.id, method.needs, method.summary)
+    return table
+
+
+def claims_table(verdicts: Sequence["Verdict"]) -> Table:
+    """One row per claim."""
+    table = _table(
+        ("method", "left"), ("against", "left"), ("bench", "left"), ("options", "left"),
+        ("loss", "right"), ("baseline", "right"), ("margin", "right"), ("verdict", "left"),
+    )
+    for verdict in verdicts:
+        table.add_row(
+            verdict.method, verdict.beats, verdict.bench, verdict.options,
+            _number(verdict.loss), _number(verdict.baseline), f"{verdict.margin:.0%}",
+            verdict.verdict,
+        )
+    return table
+
+
+def _table(*columns: tuple[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold")
+    return table
+
+
+def _by_reason(found: Structure) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in found.left.items():
+        grouped.setdefault(reason, []).append(name)
+    return grouped
+
+
+def _dtype_bits(report: Report) -> str:
+    before = sum(row.bytes_before for row in report.layers)
+    count = sum(row.rows * row.width for row in report.layers)
+    return f"{8 * before / count:.3f}"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def _dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

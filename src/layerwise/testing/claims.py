@@ -1,0 +1,156 @@
+"""Claims of papers, checked on trained models that are at hand.
+
+A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
+compressed model over the original on held-out text: lower is better, 0 is lossless.  On the
+`digits-mlp` it is the share of test images that are misclassified.
+"""
+
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import layerwise as lw
+from layerwise.core import catalogue
+from layerwise.core.catalogue import Claim, Method
+from layerwise.core.progress import Progress
+from layerwise.testing.digits import digits_loss
+
+ASSETS = "LAYERWISE_ASSETS"
+DIGITS = "digits-mlp"
+HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A claim and what was found.
+
+    Attributes:
+        method: The method that makes it.
+        beats: The baseline.
+        bench: Model and verb.
+        options: Options of both, as text.
+        margin: Fraction by which the loss must be lower.
+        loss: Of the method; None if the model is not here.
+        baseline: Of the baseline.
+        verdict: Whether the claim holds.
+        source: Where the paper makes it.
+    """
+
+    method: str
+    beats: str
+    bench: str
+    options: str
+    margin: float
+    loss: float | None
+    baseline: float | None
+    verdict: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A trained model and its texts, by path below the assets; "" is built in."""
+
+    path: str
+    calibration: str
+    heldout: str
+    length: int = 256
+    windows: int = 64
+
+
+_MODELS = {
+    "builtin-tiny": _Model("", "builtin", "builtin"),
+    "stories-char-940k": _Model(
+        "models/stories-char-940k",
+        "text/tinystories/train_stories.json",
+        "text/tinystories/heldout_stories.json",
+    ),
+    "bytes-wikitext": _Model(
+        "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128
+    ),
+    "reference-6m": _Model(
+        "models/reference-6m", "text/wikitext2/valid.txt", "text/wikitext2/test.txt"
+    ),
+}
+
+# What a bench does beside the options of the claim, and which argument names the method.
+_BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "quantize": ("method", {}),
+    "prune": ("pruner", {}),
+    "compensate": ("compensator", {"bits": 2, "group": 64}),
+    "measure": ("measure", {"allocate": "threshold", "group": 64}),
+}
+
+
+def check_claims(ids: Sequence[str], progress: Progress) -> list[Verdict]:
+    """Check the claims of some methods, or of all.
+
+    Args:
+        ids: Methods; empty for all.
+        progress: Is told of each claim.
+    """
+    chosen = (
+        [catalogue.get(id) for id in ids]
+        if ids
+        else [method for verb in catalogue.VERBS for method in catalogue.methods(verb)]
+    )
+    pairs = [(method, claim) for method in chosen for claim in method.claims]
+    progress.stage("claims", len(pairs))
+    verdicts: list[Verdict] = []
+    for method, claim in pairs:
+        verdicts.append(_verdict(method, claim))
+        progress.step(method.id)
+    return verdicts
+
+
+def _verdict(method: Method, claim: Claim) -> Verdict:
+    model, _, verb = claim.bench.partition("/")
+    options = " ".join(f"{name} {value}" for name, value in claim.options.items())
+    found = (method.id, claim.beats, claim.bench, options, claim.margin)
+    if model == DIGITS:
+        loss, baseline = (digits_loss(name, claim.options["density"]) for name in (method.name, claim.beats))
+    elif not _is_here(model):
+        return Verdict(*found, None, None, NOT_HERE, claim.source)
+    else:
+        frozen = tuple(sorted(claim.options.items()))
+        loss = excess_loss(model, verb, method.name, frozen)
+        baseline = excess_loss(model, verb, claim.beats, frozen)
+    holds = loss <= (1 - claim.margin) * baseline
+    return Verdict(*found, loss, baseline, HOLDS if holds else FAILS, claim.source)
+
+
+def _is_here(model: str) -> bool:
+    path = _MODELS[model].path
+    return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
+
+
+def _asset(path: str) -> Path:
+    return Path(os.environ[ASSETS]) / path
+
+
+@functools.cache
+def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any], ...]) -> float:
+    """Excess cross-entropy of one method on one bench, in nats per token."""
+    facts = _MODELS[model]
+    argument, fixed = _BENCHES[verb]
+    built_in = not facts.path
+    with tempfile.TemporaryDirectory() as folder:
+        report = lw.compress(
+            "builtin:tiny" if built_in else str(_asset(facts.path)),
+            Path(folder) / "out",
+            calibration="builtin" if built_in else str(_asset(facts.calibration)),
+            text="builtin" if built_in else str(_asset(facts.heldout)),
+            samples=facts.windows,
+            text_samples=facts.windows,
+            length=facts.length,
+            **{**fixed, **dict(options), argument: name},
+        )
+    seen = report.comparison
+    assert seen is not None
+    assert seen.perplexity_before is not None
+    return math.log(seen.perplexity) - math.log(seen.perplexity_before)

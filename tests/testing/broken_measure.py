@@ -1,0 +1,35 @@
+"""A broken measure for each law of measures."""
+
+from testing.broken import broken
+
+from layerwise.measure.weight_error import weight_error
+
+
+def divides_by_nothing(weight, approximation):
+    error, whole = (weight - approximation).square().sum(), weight.float().square().sum()
+    return float(error / whole)
+
+
+def has_an_offset(weight, approximation):
+    return 1e-9 + weight_error(weight, approximation)
+
+
+def counts_wrong_weights(weight, approximation):
+    return float((weight != approximation).float().mean())
+
+
+def reads_the_last_token(inputs, outputs):
+    return float((inputs[-1] - outputs[-1]).square().sum())
+
+
+def reads_the_first_layer(weights):
+    return float(weights[0].float().square().mean())
+
+
+BROKEN = {
+    "answers_one_finite_number": broken("measure", divides_by_nothing),
+    "a_perfect_approximation_has_no_error": broken("measure", has_an_offset),
+    "a_worse_approximation_scores_higher": broken("measure", counts_wrong_weights),
+    "ignores_the_order_of_tokens": broken("measure", reads_the_last_token, unit="block"),
+    "ignores_the_order_of_layers": broken("measure", reads_the_first_layer, unit="block"),
+}
