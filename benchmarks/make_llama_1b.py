@@ -1,6 +1,6 @@
 """Make a random Llama of Llama-3.2-1B's shape, with a vocabulary of 8192: bf16, sharded.
 
-    python benchmarks/make_llama_1b.py /tmp/llama-1b
+python benchmarks/make_llama_1b.py /tmp/llama-1b
 """
 
 import argparse

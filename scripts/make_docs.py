@@ -59,11 +59,12 @@ def _claims(verdicts: list[Verdict]) -> str:
     lines = [
         "# Claims",
         "",
-        "Written by `python scripts/make_docs.py --claims`. Loss: excess cross-entropy over the original on held-out",
-        "text, nats per token. A claim holds when the loss is below the baseline's by the margin. One that does not",
-        "hold stays here with its figures.",
+        "Written by `python scripts/make_docs.py --claims`. Loss: excess cross-entropy over the",
+        "original on held-out text, nats per token. A claim holds when the loss is below the",
+        "baseline's by the margin. One that does not hold stays here with its figures.",
         "",
-        "| method | against | bench | options | loss | baseline | ratio | margin | verdict | source |",
+        "| method | against | bench | options | loss | baseline | ratio | margin | verdict | "
+        "source |",
         "|---|---|---|---|---:|---:|---:|---:|---|---|",
     ]
     for one in verdicts:

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Tests run side by side on few cores; threads of one would wait for those of another.
+torch.set_num_threads(1)
+
 WIDTH, INNER = 32, 64
 
 
@@ -45,7 +48,8 @@ def llama_tensors(blocks: int = 2, dtype: torch.dtype = torch.float32) -> dict[s
     generator = torch.Generator().manual_seed(0)
 
     def made(rows: int, width: int) -> Tensor:
-        return (torch.randn(rows, width, generator=generator) / width**0.5).to(dtype)
+        drawn = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        return (drawn / width**0.5).to(dtype)
 
     tensors = {"model.embed_tokens.weight": made(256, WIDTH)}
     for number in range(blocks):

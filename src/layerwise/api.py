@@ -32,7 +32,7 @@ class Opened:
     structure: Structure
 
 
-def open(model: Model) -> Opened:  # noqa: A001
+def open(model: Model) -> Opened:
     """Open a model without reading its weights.
 
     Args:
@@ -78,13 +78,23 @@ def measure(
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
     texts = Texts(calibration, samples, length)
     prepared = prepare(
-        model, [*chosen, *steps], texts, proof="none", device=device,
+        model,
+        [*chosen, *steps],
+        texts,
+        proof="none",
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     ids = prepared.calibration.ids if prepared.calibration else None
     return survey(
-        prepared.source, prepared.found, prepared.runner, ids,
-        levels=tried, options=wanted.options, measures=chosen, progress=progress or Silent(),
+        prepared.source,
+        prepared.found,
+        prepared.runner,
+        ids,
+        levels=tried,
+        options=wanted.options,
+        measures=chosen,
+        progress=progress or Silent(),
     )
 
 
@@ -117,7 +127,11 @@ def plan(
     wanted = Wish(**wish)
     texts = Texts(calibration, samples, length)
     prepared = prepare(
-        model, wanted.methods(), texts, proof="none", device=device,
+        model,
+        wanted.methods(),
+        texts,
+        proof="none",
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     ids = prepared.calibration.ids if prepared.calibration else None
@@ -169,9 +183,17 @@ def compress(
         UserError: Something is not as it must be; nothing was written.
     """
     return _compress(
-        model, out, Wish(**wish), Texts(calibration, samples, length, text, text_samples),
-        progress or Silent(), plan=Path(plan) if isinstance(plan, str) else plan, proof=proof,
-        device=device, restart=restart, trust_remote_code=trust_remote_code, recipe=recipe,
+        model,
+        out,
+        Wish(**wish),
+        Texts(calibration, samples, length, text, text_samples),
+        progress or Silent(),
+        plan=Path(plan) if isinstance(plan, str) else plan,
+        proof=proof,
+        device=device,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        recipe=recipe,
     )
 
 
@@ -209,7 +231,7 @@ def evaluate(
             "Give the model that it was made from.",
         )
     models = [
-        load(Path(one.label), one, trust_remote_code=trust_remote_code)
+        load(Path(one.label), one.config, trust_remote_code=trust_remote_code)
         for one in (source, base)
         if one is not None
     ]

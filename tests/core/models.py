@@ -71,15 +71,15 @@ def built(model_type: str, **settings: Any) -> nn.Module:
         torch.manual_seed(0)
         model = make(config).float()
         for parameter in model.parameters():
-            noise = torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-            parameter.data.add_(0.3 * noise if parameter.dim() == 1 else noise)
+            spread = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.data.add_(spread * torch.randn_like(parameter))
     return model.eval()
 
 
 def make(model_type: str, folder: Path, **settings: Any) -> nn.Module:
     """Save a tiny random model of a kind as transformers does, and return it."""
     model = built(model_type, **settings)
-    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(folder)
     return model
 
 

@@ -1,5 +1,6 @@
 """A scale that is moved from a layer's input into what feeds it leaves the model as it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -66,24 +67,69 @@ def test_every_feeder_in_the_data_feeds_its_layers_and_nothing_else(
     ids = models.inputs(model_type)
     before = _answer(runner, ids, {})
     generator = torch.Generator().manual_seed(3)
-    kinds: dict[str, int] = {}
-    for feeder, layers in _by_feeder(found).items():
-        kind = feeder.rpartition(".")[2]
-        kinds[kind] = kinds.get(kind, 0) + 1
-        assert len({layer.reads for layer in layers}) == 1, feeder
-        scale = torch.rand(layers[0].width, generator=generator) * 3 + 0.25
-        changed = _folded(source, found, feeder, scale)
-        alone = _answer(runner, ids, changed)
-        assert (alone - before).abs().max() > 1e-2, f"{feeder}: the test would see nothing"
-        for layer in layers:
-            tensor = source.read(layer.tensor)
-            wider = layer.matrix(tensor) * scale
-            changed[layer.tensor] = layer.store(wider, tuple(tensor.shape))
-        after = _answer(runner, ids, changed)
-        torch.testing.assert_close(
-            after, before, rtol=1e-4, atol=1e-4, msg=lambda m, f=feeder: f"{f}: {m}"
-        )
-    assert kinds == FEEDERS[model_type]
+    kinds: dict[str, list[str]] = {}
+    fed = _by_feeder(found)
+    for feeder in fed:
+        kinds.setdefault(feeder.rpartition(".")[2], []).append(feeder)
+    assert {kind: len(feeders) for kind, feeders in kinds.items()} == FEEDERS[model_type]
+    for kind, feeders in kinds.items():
+        divided: dict[str, Tensor] = {}
+        widened: dict[str, Tensor] = {}
+        for feeder in feeders:
+            assert len({layer.reads for layer in fed[feeder]}) == 1, feeder
+            scale = torch.rand(fed[feeder][0].width, generator=generator) * 3 + 0.25
+            divided |= _folded(source, found, feeder, scale)
+            for layer in fed[feeder]:
+                tensor = source.read(layer.tensor)
+                wider = layer.matrix(tensor) * scale
+                widened[layer.tensor] = layer.store(wider, tuple(tensor.shape))
+        alone = _answer(runner, ids, divided)
+        assert (alone - before).abs().max() > 0.1, f"{kind}: the test would see nothing"
+        after = _answer(runner, ids, divided | widened)
+        assert (after - before).abs().max() < 1e-4, kind
+
+
+@pytest.mark.parametrize(
+    ("model_type", "consumer", "feeder"),
+    [
+        ("llama", "mlp.down_proj", "mlp.gate_proj"),
+        ("gemma2", "self_attn.o_proj", "self_attn.q_proj"),
+        ("gemma2", "mlp.down_proj", "mlp.gate_proj"),
+        ("bert", "intermediate.dense", "attention.output.LayerNorm"),
+        ("gpt_neox", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+    ],
+)
+def test_a_wrong_feeder_would_be_noticed(
+    model_type: str, consumer: str, feeder: str, tmp_path: Path
+):
+    models.make(model_type, tmp_path)
+    source = open_checkpoint(tmp_path)
+    found = structure(source)
+    runner = Runner(source, found)
+    ids = models.inputs(model_type)
+    block = found.blocks[0]
+    layer = replace(found.layers[f"{block}.{consumer}"], feeder=f"{block}.{feeder}")
+    scale = torch.rand(layer.width, generator=torch.Generator().manual_seed(5)) * 3 + 0.25
+    changed = _folded(source, found, layer.feeder, scale)
+    changed[layer.tensor] = source.read(layer.tensor) * scale
+    difference = _answer(runner, ids, changed) - _answer(runner, ids, {})
+    assert difference.abs().max() > 0.1
+
+
+def test_a_wrong_norm_offset_would_be_noticed(tmp_path: Path):
+    models.make("gemma", tmp_path)
+    source = open_checkpoint(tmp_path)
+    found = structure(source)
+    runner = Runner(source, found)
+    ids = models.inputs("gemma")
+    wrong = replace(found, family=replace(found.family, norm_offset=0.0))
+    feeder = f"{found.blocks[0]}.input_layernorm"
+    layers = _by_feeder(found)[feeder]
+    scale = torch.rand(32, generator=torch.Generator().manual_seed(6)) * 3 + 0.25
+    changed = _folded(source, wrong, feeder, scale)
+    changed |= {layer.tensor: source.read(layer.tensor) * scale for layer in layers}
+    difference = _answer(runner, ids, changed) - _answer(runner, ids, {})
+    assert difference.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("model_type", sorted(set(models.SETTINGS) - set(FEEDERS)))

@@ -58,42 +58,48 @@ def _grams(runner: Runner, layers: list[Layer], ids: Tensor) -> dict[str, Tensor
     return made
 
 
+def _gram(inputs: Tensor) -> Tensor:
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows.T @ rows
+
+
+def _expert_grams(module: Any, hidden: Tensor, chosen: Tensor, layers: list[Layer]):
+    """What the experts of one block read, by the router's choice."""
+    for number, weight in enumerate(module.gate_up_proj):
+        inputs = hidden[(chosen == number).any(dim=-1)]
+        gate, up = (inputs @ weight.T).chunk(2, dim=-1)
+        middle = nn.functional.silu(gate) * up
+        for layer in layers:
+            if f".experts.{number}." in layer.name or layer.expert == number:
+                yield layer.name, _gram(middle if layer.role == "down" else inputs)
+
+
 def _hooked(model: nn.Module, source: Source, found: Structure, ids: Tensor) -> dict[str, Tensor]:
-    """The same, from forward hooks on the whole model; experts apart, by the router's choice."""
+    """The same, from forward hooks on the whole model; experts apart."""
     made: dict[str, Tensor] = {}
+    handles: list[Any] = []
 
-    def watch(names: list[str]):
+    def watch(module: nn.Module, names: list[str]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            made.update(dict.fromkeys(names, _gram(args[0])))
+
+        handles.append(module.register_forward_pre_hook(hook))
+
+    def watch_experts(module: nn.Module, layers: list[Layer]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0].reshape(-1, args[0].shape[-1])
-            made.update({name: inputs.T @ inputs for name in names})
+            made.update(_expert_grams(module, args[0], args[1], layers))
 
-        return hook
-
-    def experts(block: str):
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
-            for number, weight in enumerate(module.gate_up_proj):
-                inputs = hidden[(chosen == number).any(dim=-1)]
-                gate, up = (inputs @ weight.T).chunk(2, dim=-1)
-                middle = nn.functional.silu(gate) * up
-                for layer in found.layers.values():
-                    here = f".experts.{number}." in layer.name or layer.expert == number
-                    if layer.block == block and here:
-                        read = middle if layer.role == "down" else inputs
-                        made[layer.name] = read.T @ read
-
-        return hook
+        handles.append(module.register_forward_pre_hook(hook))
 
     stored = {layer.name: source.read(layer.tensor) for layer in found.layers.values()}
-    handles: list[Any] = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
-            same = [layer for layer, tensor in stored.items() if torch.equal(tensor, weight)]
-            handles.append(module.register_forward_pre_hook(watch(same)))
-        elif hasattr(module, "gate_up_proj") and name.endswith("experts"):
+            watch(module, [name for name, tensor in stored.items() if torch.equal(tensor, weight)])
+        elif name.endswith(".experts"):
             block = name.partition(".mlp.")[0]
-            handles.append(module.register_forward_pre_hook(experts(block)))
+            layers = [layer for layer in found.layers.values() if layer.block == block]
+            watch_experts(module, layers)
     _expected(model, ids)
     for handle in handles:
         handle.remove()
@@ -300,7 +306,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks the tensor model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         _opened(open_checkpoint(tmp_path))
 
 

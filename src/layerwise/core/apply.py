@@ -70,7 +70,7 @@ def check_finite(layer: str, weight: Tensor) -> None:
 
 def transform(
     layers: Sequence[Layer],
-    weights: Sequence[Float[Tensor, "out in"]],
+    weights: Sequence[Float[Tensor, "_ in"]],
     evidence: Mapping[str, Any],
     plans: Sequence[LayerPlan],
     options: Mapping[str, Mapping[str, Any]],
@@ -150,8 +150,11 @@ def _run(
     evidence: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> list[Any]:
-    missing = [word for word in method.evidence
-               if word not in ("weight", "approximation") and word not in evidence]
+    missing = [
+        word
+        for word in method.evidence
+        if word not in ("weight", "approximation") and word not in evidence
+    ]
     if missing:
         raise UserError(
             f"{method.id} reads {', '.join(missing)} of {names[0]}, which calibration gathers.",
@@ -179,9 +182,7 @@ def _finished(
     )
 
 
-def _energy(
-    matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None
-) -> float:
+def _energy(matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None) -> float:
     """Mean squared norm of what a matrix answers, tr(M G M^T); G is the identity if not given."""
     if gram is None:
         flat = matrix.flatten()

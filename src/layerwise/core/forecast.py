@@ -31,7 +31,7 @@ class Forecast:
     peak_bytes: int
     seconds: float
 
-    def as_json(self) -> Mapping[str, float]:
+    def as_json(self) -> Mapping[str, int | float]:
         """The fields by name."""
         return asdict(self)
 

@@ -157,7 +157,7 @@ class Report:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
-    forecast: Mapping[str, float]
+    forecast: Mapping[str, int | float]
     notes: Sequence[str] = field(default_factory=tuple[str, ...])
 
     def as_json(self) -> dict[str, Any]:

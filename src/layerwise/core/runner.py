@@ -8,7 +8,7 @@ blocks replaced by stand-ins, so no architecture is known here.
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from layerwise.core.structure import Structure, block_of
 MICRO_BATCH_TOKENS = 8192
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818
     """The stand-in of the first block has what it wants."""
 
 
@@ -130,8 +130,8 @@ class Runner:
         self._places = _places(self._names, found)
         if absent := [block for block in found.blocks if block and block not in self._names.blocks]:
             raise UserError(
-                f"{source.label} has {', '.join(absent)}, but {type(self.model).__name__}, as which "
-                "it is run, has nothing there.",
+                f"{source.label} has {', '.join(absent)}, but {type(self.model).__name__}, "
+                "as which it is run, has nothing there.",
                 "Use methods that read weights alone, with --proof tensors.",
             )
         parents = {self._module_path(b).rpartition(".")[0] for b in found.blocks if b}
@@ -206,11 +206,15 @@ class Runner:
         size = self.batch(ids)
         batches = zip(hidden.split(size), ids.split(size), strict=True)
         for batch, tokens in batches:
-            given = batch.to(self.device)
-            acts: list[Callable[..., Any]] = [
-                lambda *_, given=given, **__: self._wrap(given),
-                *[lambda hidden, *_, **__: self._wrap(hidden)] * (len(self.blocks) - 1),
-            ]
+            first = self._wrap(batch.to(self.device))
+
+            def give(*_: Any, first: Any = first, **__: Any) -> Any:
+                return first
+
+            def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+                return self._wrap(hidden)
+
+            acts = [give, *[pass_on] * (len(self.blocks) - 1)]
             with self._stand_ins(acts), torch.no_grad():
                 yield _first(self._call_model(outer, tokens)).cpu()
 
@@ -244,7 +248,7 @@ class Runner:
         self._calls = calls
 
     @contextlib.contextmanager
-    def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Generator[None]:
         parent = self.model.get_submodule(self._module_path(self.blocks[0]).rpartition(".")[0])
         assert isinstance(parent, nn.ModuleList)
         real = list(parent)
@@ -338,13 +342,12 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
     )
     with _without_storage():
         if known is not None:
-            config._experts_implementation = "eager"
             model = known._from_config(config, dtype=torch.float32)
         else:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=True
             )
-    return model.eval()
+    return _prepared(model)
 
 
 def _hollow(module: nn.Module) -> nn.Module:
@@ -353,22 +356,25 @@ def _hollow(module: nn.Module) -> nn.Module:
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in module.parameters()
     }
-    model = copy.deepcopy(module, without).eval()
+    return _prepared(copy.deepcopy(module, without))
+
+
+def _prepared(model: nn.Module) -> nn.Module:
     # Experts one after the other: what multiplies them all at once hides who reads what.
     getattr(model, "set_experts_implementation", bool)("eager")
-    return model
+    return model.eval()
 
 
 @contextlib.contextmanager
-def _without_storage() -> Iterator[None]:
+def _without_storage() -> Generator[None]:
     """Register every new parameter on the meta device; buffers keep their values."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # One that is there already is being tied to a second name.
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta
     try:

@@ -184,18 +184,20 @@ class Staging:
     def publish(self) -> None:
         """Let the output appear under its name, whole."""
         self._flush()
-        for handle in self.handles.values():
-            handle.close()
         _clear(self.folder, self.added | self.arrangement.headers.keys())
         self.folder.rename(self.out)
         _sync(self.out.parent)
-        self.lock.close()
+        self.close()
 
     def discard(self) -> None:
         """Remove what was staged: the run cannot end well."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files and the lock; what is staged stays for a run that takes it up."""
         for handle in self.handles.values():
             handle.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
 
     def _flush(self) -> None:

@@ -125,7 +125,8 @@ def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
     folder = next((f.parent for f in source.companions if f.name == "tokenizer.json"), None)
     if folder is None:
         if source.config.get("vocab_size") == 256:  # a model of bytes needs no tokenizer
-            return torch.tensor([byte for text in documents for byte in text.encode()])
+            data = [byte for text in documents for byte in text.encode()]
+            return torch.tensor(data, dtype=torch.long)
         raise UserError(
             f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
             "Copy the tokenizer into the model's directory, or pass token ids from Python.",
@@ -139,4 +140,5 @@ def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return torch.tensor([i for e in tokenizer.encode_batch(list(documents)) for i in e.ids])
+    encoded = tokenizer.encode_batch(list(documents))
+    return torch.tensor([i for one in encoded for i in one.ids], dtype=torch.long)

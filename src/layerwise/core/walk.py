@@ -169,13 +169,9 @@ def _transform_block(
     return done, vectors | biases
 
 
-def _consumers_first(
-    groups: list[list[Layer]], by_name: Mapping[str, Layer]
-) -> list[list[Layer]]:
+def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
     """Groups in an order in which no layer is transformed before scales are folded into it."""
-    feeds = {
-        group[0].feeder for group in groups if group[0].feeder in by_name
-    }
+    feeds = {group[0].feeder for group in groups if group[0].feeder in by_name}
     return sorted(groups, key=lambda group: any(layer.name in feeds for layer in group))
 
 
@@ -231,9 +227,12 @@ def _write_block(
         density = 1.0 if result.kept is None else float(result.kept.float().mean())
         rows.append(
             LayerRow.of(
-                result.layer, result.plan, info, error=result.error, density=density,
+                result.layer,
+                result.plan,
+                info,
+                error=result.error,
+                density=density,
                 notes=result.notes,
             )
         )
     return rows
-

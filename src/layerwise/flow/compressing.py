@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +127,9 @@ def _heldout(
             source, texts.heldout, samples=texts.heldout_samples, length=length, role="heldout"
         )
     if text is None or str(text) == "builtin" or calibration is None:
-        return windows(source, "builtin", samples=texts.heldout_samples, length=length, role="heldout")
+        return windows(
+            source, "builtin", samples=texts.heldout_samples, length=length, role="heldout"
+        )
     used = len(calibration.ids)
     more = windows(source, text, samples=used + texts.heldout_samples, length=length)
     if len(more.ids) == used:
@@ -245,9 +247,13 @@ def _forecast(prepared: Prepared, plan: Plan, size: int) -> Forecast:
     calibration = prepared.calibration.tokens if prepared.calibration else 0
     heldout = prepared.heldout.tokens if prepared.heldout else 0
     return forecast(
-        prepared.source, prepared.found, plan, size,
+        prepared.source,
+        prepared.found,
+        plan,
+        size,
         runs=prepared.heldout is not None or prepared.calibration is not None,
-        tokens=calibration + 2 * heldout, proof=heldout,
+        tokens=calibration + 2 * heldout,
+        proof=heldout,
     )
 
 
@@ -288,8 +294,14 @@ def _transform(
     ids = heldout.ids if heldout else None
     carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
     walked = walk(
-        runner, prepared.found, plan, format, staging, progress,
-        calibration=calibration.ids if calibration else None, heldout=carried,
+        runner,
+        prepared.found,
+        plan,
+        format,
+        staging,
+        progress,
+        calibration=calibration.ids if calibration else None,
+        heldout=carried,
     )
     if heldout is None:
         return walked.rows, None, None
@@ -345,13 +357,15 @@ def _prove(
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source = prepared.source
     if isinstance(source, ModuleSource):
-        tensors = {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
+        tensors = {
+            k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()
+        }
         with torch.no_grad():
             found = functional_call(source.module, tensors, (ids,))
         loader = "safetensors"
     else:
-        replaced = replace(source, config=json.loads((folder / "config.json").read_text()))
-        model = load(folder, replaced, trust_remote_code=trust_remote_code)
+        config = json.loads((folder / "config.json").read_text())
+        model = load(folder, config, trust_remote_code=trust_remote_code)
         found = torch.cat(list(answers(model, ids)))
         loader = f"transformers {type(model).__name__}"
     progress.step("load back")

@@ -1,7 +1,8 @@
 """How good a model still is: against its text, and against the model it was made from."""
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison
-
-Answers = Callable[[Tensor], Iterable[Tensor]]
 
 
 def compare(
@@ -57,8 +55,13 @@ def _cross_entropy(scored: Tensor, ids: Tensor) -> Tensor:
     return -scored.gather(2, ids[:, 1:, None]).sum(dtype=torch.float64)
 
 
-def load(folder: Path, source: Source, *, trust_remote_code: bool = False) -> Any:
+def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
     """Load a model directory as its users will, with transformers, to compute in float32.
+
+    Args:
+        folder: The directory.
+        config: Its `config.json`.
+        trust_remote_code: Let it bring its own Python.
 
     Raises:
         UserError: A package it needs is missing.
@@ -71,14 +74,14 @@ def load(folder: Path, source: Source, *, trust_remote_code: bool = False) -> An
             "loading the model needs the transformers package.",
             "pip install 'layerwise[transformers]'.",
         ) from None
-    if source.config.get("quantization_config"):
+    if config.get("quantization_config"):
         _require_compressed_tensors()
     logging.disable_progress_bar()
-    architecture = (source.config.get("architectures") or [""])[0]
-    loader = getattr(transformers, architecture, None)
+    architecture = (config.get("architectures") or [""])[0]
+    loader: Any = getattr(transformers, architecture, None)
     if loader is None and not trust_remote_code:
         raise UserError(
-            f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
+            f"{folder} is a {architecture or 'model of unknown class'}, which transformers "
             "does not have: its code is remote.",
             "Read that code, then add --trust-remote-code.",
         )
@@ -98,10 +101,8 @@ def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
 
 
 def _require_compressed_tensors() -> None:
-    try:
-        import compressed_tensors  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("compressed_tensors") is None:
         raise UserError(
             "reading this checkpoint needs the compressed-tensors package.",
             "pip install 'layerwise[compressed-tensors]'.",
-        ) from None
+        )

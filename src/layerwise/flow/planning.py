@@ -59,8 +59,14 @@ class Wish:
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width."""
         return LayerPlan(
-            bits, self.group, self.symmetric, self.method, self.density, self.pruner,
-            self.rank, self.compensator,
+            bits,
+            self.group,
+            self.symmetric,
+            self.method,
+            self.density,
+            self.pruner,
+            self.rank,
+            self.compensator,
         )
 
     def methods(self) -> list[catalogue.Method]:
@@ -107,20 +113,22 @@ def _allocated(
 ) -> Plan:
     allocator = catalogue.get(f"allocate/{wish.allocate}")
     levels = [wish.level(bits) for bits in sorted(wish.levels)]
-    measures = (
-        [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
-    )
+    measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
     tried = levels if "errors" in allocator.evidence else []
     looked = Survey({}, {})
     if tried or measures:
         looked = survey(
-            source, found, runner, calibration,
-            levels=tried, options=wish.options, measures=measures, progress=progress,
+            source,
+            found,
+            runner,
+            calibration,
+            levels=tried,
+            options=wish.options,
+            measures=measures,
+            progress=progress,
         )
     items = found.items()
-    costs = [
-        torch.tensor([_item_bytes(item, level, source) for level in levels]) for item in items
-    ]
+    costs = [torch.tensor([_item_bytes(item, level, source) for level in levels]) for item in items]
     evidence: dict[str, Any] = {"costs": costs}
     if tried:
         evidence["errors"] = [

@@ -67,8 +67,13 @@ def structure_json(
 def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
     """What a plan gives to each layer."""
     table = _table(
-        ("layer", "left"), ("bits", "right"), ("stored", "right"), ("method", "left"),
-        ("density", "right"), ("rank", "right"), ("why", "left"),
+        ("layer", "left"),
+        ("bits", "right"),
+        ("stored", "right"),
+        ("method", "left"),
+        ("density", "right"),
+        ("rank", "right"),
+        ("why", "left"),
     )
     stored = count = 0.0
     for name, layer_plan in plan.layers.items():
@@ -77,8 +82,13 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
         stored, count = stored + bits * layer.count, count + layer.count
         method = " + ".join(id.partition("/")[2] for id, _ in layer_plan.steps) or "none"
         table.add_row(
-            name, _dash(layer_plan.bits), f"{bits:.3f}", method, f"{layer_plan.density:.2f}",
-            _dash(layer_plan.rank or None), layer_plan.why,
+            name,
+            _dash(layer_plan.bits),
+            f"{bits:.3f}",
+            method,
+            f"{layer_plan.density:.2f}",
+            _dash(layer_plan.rank or None),
+            layer_plan.why,
         )
     return Group(table, Text(f"{stored / count:.3f} bits stored per weight on average"))
 
@@ -86,16 +96,28 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
 def layer_table(report: Report) -> Table:
     """One row per layer of a finished run."""
     table = _table(
-        ("layer", "left"), ("KB before", "right"), ("KB after", "right"), ("bits", "right"),
-        ("density", "right"), ("rank", "right"), ("error", "right"), ("method", "left"),
+        ("layer", "left"),
+        ("KB before", "right"),
+        ("KB after", "right"),
+        ("bits", "right"),
+        ("density", "right"),
+        ("rank", "right"),
+        ("error", "right"),
+        ("method", "left"),
         ("why", "left"),
     )
     for row in report.layers:
         why = "; ".join(part for part in (row.why, *row.notes) if part)
         table.add_row(
-            row.layer, f"{row.bytes_before / 1e3:.1f}", f"{row.bytes_after / 1e3:.1f}",
-            _dash(row.bits), f"{row.density:.2f}", _dash(row.rank or None), f"{row.error:.3%}",
-            row.method, why,
+            row.layer,
+            f"{row.bytes_before / 1e3:.1f}",
+            f"{row.bytes_after / 1e3:.1f}",
+            _dash(row.bits),
+            f"{row.density:.2f}",
+            _dash(row.rank or None),
+            f"{row.error:.3%}",
+            row.method,
+            why,
         )
     return table
 
@@ -153,13 +175,24 @@ def methods_table(methods: Sequence[Method]) -> Table:
 def claims_table(verdicts: Sequence["Verdict"]) -> Table:
     """One row per claim."""
     table = _table(
-        ("method", "left"), ("against", "left"), ("bench", "left"), ("options", "left"),
-        ("loss", "right"), ("baseline", "right"), ("margin", "right"), ("verdict", "left"),
+        ("method", "left"),
+        ("against", "left"),
+        ("bench", "left"),
+        ("options", "left"),
+        ("loss", "right"),
+        ("baseline", "right"),
+        ("margin", "right"),
+        ("verdict", "left"),
     )
     for verdict in verdicts:
         table.add_row(
-            verdict.method, verdict.beats, verdict.bench, verdict.options,
-            _number(verdict.loss), _number(verdict.baseline), f"{verdict.margin:.0%}",
+            verdict.method,
+            verdict.beats,
+            verdict.bench,
+            verdict.options,
+            _number(verdict.loss),
+            _number(verdict.baseline),
+            f"{verdict.margin:.0%}",
             verdict.verdict,
         )
     return table
@@ -185,7 +218,7 @@ def _dtype_bits(report: Report) -> str:
     return f"{8 * before / count:.3f}"
 
 
-def _mb(size: float) -> str:
+def _mb(size: int | float) -> str:
     return f"{size / 1e6:.2f}"
 
 

@@ -113,7 +113,9 @@ def _verdict(method: Method, claim: Claim) -> Verdict:
     options = " ".join(f"{name} {value}" for name, value in claim.options.items())
     found = (method.id, claim.beats, claim.bench, options, claim.margin)
     if model == DIGITS:
-        loss, baseline = (digits_loss(name, claim.options["density"]) for name in (method.name, claim.beats))
+        loss, baseline = (
+            digits_loss(name, claim.options["density"]) for name in (method.name, claim.beats)
+        )
     elif not _is_here(model):
         return Verdict(*found, None, None, NOT_HERE, claim.source)
     else:
@@ -139,6 +141,7 @@ def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any]
     facts = _MODELS[model]
     argument, fixed = _BENCHES[verb]
     built_in = not facts.path
+    wish: dict[str, Any] = {**fixed, **dict(options), argument: name}
     with tempfile.TemporaryDirectory() as folder:
         report = lw.compress(
             "builtin:tiny" if built_in else str(_asset(facts.path)),
@@ -148,7 +151,7 @@ def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any]
             samples=facts.windows,
             text_samples=facts.windows,
             length=facts.length,
-            **{**fixed, **dict(options), argument: name},
+            **wish,
         )
     seen = report.comparison
     assert seen is not None

@@ -47,8 +47,8 @@ def _costs(weights: list[Tensor]) -> list[Tensor]:
 def _trained(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
-    data = load_digits()
-    images, labels = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels / 16).float(), torch.tensor(classes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(
