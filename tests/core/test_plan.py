@@ -124,7 +124,7 @@ def test_experts_can_be_named_one_by_one_and_together(tmp_path):
     ],
 )
 def test_what_is_no_plan_is_refused(read, content, says):
-    with pytest.raises(UserError, match="plan.yaml") as refused:
+    with pytest.raises(UserError, match=r"plan\.yaml") as refused:
         read(content)
     assert says in refused.value.problem
     assert refused.value.remedy

@@ -118,6 +118,20 @@ def encode(
     return codes.round_().add_(zero[..., None]).clamp_(0, 2**bits - 1)
 
 
+def nearest(weight: Float[Tensor, "out in"], bits: int, group: int, symmetric: bool) -> Quantized:
+    """Every weight as the nearest point of its group's grid.
+
+    Raises:
+        UserError: An option is out of range, or the weight holds NaN or infinity.
+    """
+    check_grid(weight, bits, group)
+    grouped = by_group(weight, group)  # (out, groups, group)
+    scale, zero = fit(grouped, bits, symmetric)
+    codes = encode(grouped, scale, zero, bits).flatten(1)  # (out, in), filled up
+    width = weight.shape[1]
+    return pack(codes, scale, zero, width=width, bits=bits, group=group, symmetric=symmetric)
+
+
 def pack(
     codes: Float[Tensor, "out padded"],
     scale: Float[Tensor, "out groups"],

@@ -10,7 +10,7 @@ from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
 from layerwise.core.verbs import quantizer
-from layerwise.quantize.rtn import rtn
+from layerwise.quantize._grid import nearest
 
 _LEAST_SCALE = 1e-4
 
@@ -86,11 +86,11 @@ def awq(
         )
     original, gram, magnitude = weight.float(), gram.float(), magnitude.float()
 
-    best = rtn(original, bits=bits, group=group, symmetric=symmetric)
+    best = nearest(original, bits, group, symmetric)
     least = _loss(best.dequantize() - original, gram)
     for step in range(1, grid):
         scale = _scale(magnitude, step / grid)
-        rounded = rtn(original * scale, bits=bits, group=group, symmetric=symmetric)
+        rounded = nearest(original * scale, bits, group, symmetric)
         tried = replace(rounded, input_scale=scale)
         loss = _loss(tried.dequantize() - original, gram)
         if loss < least:

@@ -6,7 +6,7 @@ from torch import Tensor
 from layerwise.core.catalogue import Paper
 from layerwise.core.results import Quantized
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, encode, fit, pack
+from layerwise.quantize._grid import nearest
 
 
 @quantizer(
@@ -39,9 +39,4 @@ def rtn(
     Raises:
         UserError: An option is out of range, or the weight holds NaN or infinity.
     """
-    check_grid(weight, bits, group)
-    grouped = by_group(weight, group)  # (out, groups, group)
-    scale, zero = fit(grouped, bits, symmetric)
-    codes = encode(grouped, scale, zero, bits).flatten(1)  # (out, in), filled up
-    width = weight.shape[1]
-    return pack(codes, scale, zero, width=width, bits=bits, group=group, symmetric=symmetric)
+    return nearest(weight, bits, group, symmetric)

@@ -1,0 +1,102 @@
+"""Packed codes against the package that unpacks them, and against the definition."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+import layerwise as lw
+from layerwise.core.plan import LayerPlan
+from layerwise.core.structure import structure
+from layerwise.export.compressed_tensors import CompressedTensors, pack
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def codes(rows: int, width: int, bits: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(bits)
+    return torch.randint(0, 2**bits, (rows, width), generator=generator).to(torch.uint8)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("width", [1, 31, 32, 96, 100])
+def test_packs_as_the_package_does(bits, width):
+    ours = codes(5, width, bits)
+    signed = (ours.int() - 2 ** (bits - 1)).to(torch.int8)
+    assert pack(ours, bits).equal(pack_to_int32(signed, bits))
+    assert unpack_from_int32(pack(ours, bits), bits, torch.Size((5, width))).equal(signed)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_code_i_lies_at_bit_i_times_its_width(bits):
+    ours = codes(1, 64, bits)
+    words = pack(ours, bits)[0].tolist()
+    number = sum((word & 0xFFFFFFFF) << (32 * position) for position, word in enumerate(words))
+    for position, code in enumerate(ours[0].tolist()):
+        assert number >> (bits * position) & (2**bits - 1) == code
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_from_pretrained_answers_as_the_result_in_memory(bits, llama, tmp_path):
+    report = lw.compress(
+        llama,
+        tmp_path / "out",
+        bits=bits,
+        group=16,
+        symmetric=True,
+        length=32,
+        text_samples=8,
+        text=torch.randint(0, 256, (8, 32)),
+        format="compressed-tensors",
+    )
+    assert report.proof is not None
+    assert report.proof.largest_difference <= report.proof.allowed
+
+
+def test_mixed_widths_and_an_ignored_layer_load(llama, tmp_path):
+    found = lw.open(llama).structure
+    plan = lw.plan(llama, bits=4, group=16, symmetric=True, format="compressed-tensors")
+    layers = dict(plan.layers)
+    for name in layers:
+        if name.endswith("down_proj"):
+            layers[name] = LayerPlan(bits=8, group=0, symmetric=True)
+        if "layers.1.self_attn" in name:
+            layers[name] = LayerPlan()
+    report = lw.compress(
+        llama,
+        tmp_path / "out",
+        plan=type(plan)(layers, plan.format),
+        length=32,
+        text_samples=8,
+        text=torch.randint(0, 256, (8, 32)),
+    )
+    assert report.proof is not None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    ignored = {name for name in found.layers if "layers.1.self_attn" in name} | {"lm_head"}
+    assert ignored <= set(config["ignore"])
+    assert len(config["config_groups"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"bits": 12, "symmetric": True}, "12 bits"),
+        ({"bits": 4, "symmetric": False}, "zero points"),
+        ({"bits": 4, "symmetric": True, "rank": 2}, "low-rank"),
+    ],
+)
+def test_refuses_what_it_has_no_place_for(changes, problem, llama, tmp_path):
+    with pytest.raises(lw.UserError, match=problem):
+        lw.compress(
+            llama, tmp_path / "out", group=16, format="compressed-tensors", proof="none", **changes
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_declares_every_tensor_it_writes(llama):
+    source = lw.open(llama).source
+    format, plan = CompressedTensors(), LayerPlan(bits=3, group=16, symmetric=True)
+    for layer in structure(source).layers.values():
+        declared = {info.name for info in format.tensors(layer, plan, source.tensors[layer.tensor])}
+        assert {f"{layer.name}.weight_{part}" for part in ("packed", "scale", "shape")} == declared
