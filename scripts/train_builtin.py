@@ -81,7 +81,7 @@ class Recipe:
     peak_rate: float = 3e-3
     warmup: float = 0.04
     weight_decay: float = 0.1
-    dropout: float = 0.05
+    dropout: float = 0.1
     gradient_norm: float = 1.0
 
 

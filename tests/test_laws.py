@@ -3,10 +3,10 @@
 import pytest
 
 from layerwise.core.catalogue import VERBS, methods
-from layerwise.testing import laws
+from layerwise.testing import laws_of
 
 METHODS = [method for verb in VERBS for method in methods(verb)]
-CASES = [(method, law) for method in METHODS for law in laws(method.verb)]
+CASES = [(method, law) for method in METHODS for law in laws_of(method.verb)]
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ def test_law(method, law, request):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.id)
 def test_exemptions_name_laws_and_say_why(method):
-    assert method.exempt.keys() <= {law.__name__ for law in laws(method.verb)}
+    assert method.exempt.keys() <= {law.__name__ for law in laws_of(method.verb)}
     assert all(method.exempt.values())

@@ -1,5 +1,6 @@
 """Two ways through a model, by tensor and by block, write the same weights from the same plan."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -123,10 +124,11 @@ def test_a_file_on_its_own_needs_nothing_beside_it(llama, tmp_path):
 
 
 def test_output_in_several_shards(llama, tmp_path, monkeypatch):
-    from layerwise.core import staging
+    from layerwise.flow import compressing
 
     lw.compress(llama, tmp_path / "one", bits=4, group=16, proof="none")
-    monkeypatch.setattr(staging.arrange, "__defaults__", (20_000,))
+    small = functools.partial(compressing.arrange, shard_bytes=20_000)
+    monkeypatch.setattr(compressing, "arrange", small)
     lw.compress(llama, tmp_path / "many", bits=4, group=16, proof="none")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert same(weights(tmp_path / "many"), weights(tmp_path / "one"))

@@ -174,24 +174,14 @@ def show(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 def check(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise check`."""
-    from layerwise.testing import laws
+    from layerwise.testing.check import BROKEN, verdicts
 
-    method = catalogue.get(chosen.method)
-    verdicts: dict[str, str] = {}
-    for law in laws(method.verb):
-        name = law.__name__
-        try:
-            law(method)
-        except Exception as error:
-            exempt = method.exempt.get(name)
-            verdicts[name] = f"exempt: {exempt}" if exempt else f"BROKEN: {error or 'no message'}"
-        else:
-            verdicts[name] = "BROKEN: exempt, yet obeyed" if name in method.exempt else "ok"
-    for name, verdict in verdicts.items():
+    found = verdicts(catalogue.get(chosen.method))
+    for name, verdict in found.items():
         (console() if chosen.json else _out()).print(f"{name:40}{verdict}", markup=False)
     if chosen.json:
-        _print_json(verdicts)
-    return int(any(verdict.startswith("BROKEN") for verdict in verdicts.values()))
+        _print_json(found)
+    return int(any(verdict.startswith(BROKEN) for verdict in found.values()))
 
 
 def claims(chosen: argparse.Namespace, given: Sequence[str]) -> int:

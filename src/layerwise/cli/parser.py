@@ -207,7 +207,12 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
     how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
-    how.add_argument("--allocate", default="knapsack", metavar="NAME", help="allocator (knapsack)")
+    how.add_argument(
+        "--allocate",
+        default="",
+        metavar="NAME",
+        help="allocator of a budget (knapsack), or of a density (none: the same everywhere)",
+    )
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
         "--format", choices=("dense", "compressed-tensors"), default="dense", help="(dense)"

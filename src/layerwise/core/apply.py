@@ -1,7 +1,7 @@
 """One plan, one layer: run its methods in order on the evidence there is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def transform(
         check_finite(layer.name, weight)
     alike: dict[LayerPlan, list[int]] = {}
     for number, plan in enumerate(plans):
-        alike.setdefault(replace(plan, why=""), []).append(number)
+        alike.setdefault(plan.work, []).append(number)
     done: dict[int, Transformed] = {}
     for numbers in alike.values():
         chosen = [weights[n] for n in numbers]

@@ -87,7 +87,7 @@ def _transform_seconds(found: Structure, plan: Plan) -> float:
     total = 0.0
     for name, layer_plan in plan.layers.items():
         layer = found.layers[name]
-        key = (replace(layer_plan, why=""), layer.width)
+        key = (layer_plan.work, layer.width)
         if key not in sampled:
             sampled[key] = _sample(layer, layer_plan, plan)
         total += sampled[key] * layer.rows

@@ -25,6 +25,7 @@ class LayerRow:
         density: Fraction of weights that were kept.
         rank: Columns of its low-rank correction.
         error: Relative error of its output on the calibration text; of its weight without one.
+        score: How sensitive it is, as the plan's maker saw it; None if it did not look.
         why: Why it got this.
         notes: What the methods had to do that the reader should know.
     """
@@ -40,6 +41,7 @@ class LayerRow:
     density: float
     rank: int
     error: float
+    score: float | None
     why: str
     notes: Sequence[str] = ()
 
@@ -69,6 +71,7 @@ class LayerRow:
             density=density,
             rank=plan.rank,
             error=error,
+            score=plan.score,
             why=plan.why,
             notes=tuple(notes),
         )

@@ -29,6 +29,7 @@ class LayerPlan:
         pruner: Pruner, used when the density is below 1.
         rank: Columns of the low-rank correction; 0 is none.
         compensator: Compensator, used when the rank is above 0.
+        score: How sensitive the layer is, as the plan's maker saw it; None if it did not look.
         why: Why the layer got this, in words.
     """
 
@@ -40,7 +41,13 @@ class LayerPlan:
     pruner: str = "magnitude"
     rank: int = 0
     compensator: str = "svd"
+    score: float | None = None
     why: str = ""
+
+    @property
+    def work(self) -> "LayerPlan":
+        """The plan without its reasons: equal for layers that are treated alike."""
+        return replace(self, score=None, why="")
 
     @property
     def steps(self) -> list[tuple[str, dict[str, Any]]]:
@@ -149,7 +156,8 @@ def read_plan(file: Path, found: Structure) -> Plan:
             f"{file}: `options` is not a mapping of methods.",
             "Write quantize/gptq: {damping: 0.1}.",
         )
-    layers = _lay_out(content["layers"], found, file)
+    # YAML reads a bare 1 as a number; names are text.
+    layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     return Plan(layers, content.get("format", "dense"), options, str(content.get("budget", "")))
 
 
@@ -174,7 +182,7 @@ def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[
         if pattern in found.layers:
             continue
         # A bracket is part of an expert's name, not a set of characters.
-        literal = str(pattern).replace("[", "[[]")
+        literal = pattern.replace("[", "[[]")
         matches = [name for name in found.layers if fnmatch.fnmatchcase(name, literal)]
         if not matches:
             reason = found.left.get(pattern) or found.left.get(f"{pattern}.weight")
@@ -222,7 +230,8 @@ def _layer_plan(name: str, given: Any, file: Path) -> LayerPlan:
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+    # YAML writes 1.0 as 1, so a whole number will do where a fraction may stand.
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
 
 
 def check_plan(plan: Plan, found: Structure) -> None:
@@ -284,7 +293,7 @@ def _check_rows(id: str, layer: Layer, plan: Plan, found: Structure) -> None:
     if catalogue.get(id).rows != "input":
         return
     together = [other for other in found.layers.values() if other.reads == layer.reads]
-    if len({_same_work(plan.layers[other.name]) for other in together}) > 1:
+    if len({plan.layers[other.name].work for other in together}) > 1:
         raise UserError(
             f"{id} scales the input that {', '.join(o.name for o in together)} read together, but "
             "the plan treats them differently.",
@@ -295,10 +304,6 @@ def _check_rows(id: str, layer: Layer, plan: Plan, found: Structure) -> None:
             f"{id} cannot be used on {layer.name}: nothing that feeds it can take its scales.",
             "Give that layer another method, such as rtn.",
         )
-
-
-def _same_work(plan: LayerPlan) -> LayerPlan:
-    return replace(plan, why="")
 
 
 def _check_fused(item: list[Layer], plan: Plan) -> None:
@@ -329,6 +334,8 @@ def _set_fields(layer: LayerPlan) -> dict[str, Any]:
     if not layer.rank:
         shown.pop("rank")
         shown.pop("compensator")
+    if layer.score is None:
+        shown.pop("score")
     if not layer.why:
         shown.pop("why")
     return shown

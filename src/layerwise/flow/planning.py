@@ -1,7 +1,8 @@
 """From a wish (bits, or a budget) to a plan: who gets how much, and why."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from layerwise.core.structure import Layer, Structure
 from layerwise.flow.survey import Survey, for_layer, survey
 
 LEVELS = (2, 3, 4, 8)
+# Trying a density costs a run of the pruner; reading a weight's scores at one costs nothing.
+COARSE, FINE = 10, 1000
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -35,7 +38,7 @@ class Wish:
         pruner: Pruner.
         rank: Columns of a low-rank correction.
         compensator: Compensator.
-        allocate: Allocator.
+        allocate: Allocator; "" is knapsack for a budget, and the same density everywhere.
         measure: Measure that an allocator by scores goes by.
         format: How the output is stored.
         options: Options of methods, by id.
@@ -51,7 +54,7 @@ class Wish:
     pruner: str = "magnitude"
     rank: int = 0
     compensator: str = "svd"
-    allocate: str = "knapsack"
+    allocate: str = ""
     measure: str = "lim"
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -73,11 +76,51 @@ class Wish:
         """Every method it names, so that a misspelt one is refused at once."""
         level = self.level(self.bits if self.bits is not None else (4 if self.budget else None))
         used = [catalogue.get(id) for id, _ in level.steps]
-        if self.budget:
-            used.append(catalogue.get(f"allocate/{self.allocate}"))
-            if "scores" in used[-1].evidence:
+        if allocator := self.allocator():
+            used.append(allocator)
+            if "scores" in allocator.evidence:
                 used.append(catalogue.get(f"measure/{self.measure}"))
         return used
+
+    def allocator(self) -> catalogue.Method | None:
+        """What shares out the budget, or the density; None if every layer gets the same.
+
+        Raises:
+            UserError: It cannot share out what there is to share.
+        """
+        if not self.budget and not self.allocate:
+            return None
+        method = catalogue.get(f"allocate/{self.allocate or 'knapsack'}")
+        if not self.budget and self.density == 1:
+            raise UserError(
+                f"{method.id} has nothing to share out.",
+                "Give --budget 3.5bits for widths, or --density 0.5 for densities.",
+            )
+        if self.budget and "weights" in method.evidence:
+            raise UserError(
+                f"{method.id} shares out densities, and --budget asks for widths.",
+                "Give --density 0.5 without --budget, or another --allocate.",
+            )
+        return method
+
+
+@dataclass(frozen=True, slots=True)
+class _Market:
+    """What an allocator chooses among.
+
+    Attributes:
+        items: Layers that must get the same level.
+        levels: Plans of a layer, cheapest first.
+        costs: What each level costs, one tensor per item.
+        budget: What all items may cost together.
+        labels: Each level in words.
+    """
+
+    items: Sequence[Sequence[Layer]]
+    levels: Sequence[LayerPlan]
+    costs: Sequence[torch.Tensor]
+    budget: int
+    labels: Sequence[str]
 
 
 def make_plan(
@@ -93,28 +136,14 @@ def make_plan(
     Raises:
         UserError: The wish asks for nothing, or for less than the lowest levels take.
     """
-    if not wish.budget:
-        even = wish.level(wish.bits)
-        why = "the same for every layer"
-        layers = {
-            name: _with_reason(for_layer(even, layer), why) for name, layer in found.layers.items()
-        }
+    allocator = wish.allocator()
+    if allocator is None:
+        even = replace(wish.level(wish.bits), why="the same for every layer")
+        layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
         return Plan(layers, wish.format, wish.options)
-    return _allocated(source, found, wish, runner, calibration, progress)
-
-
-def _allocated(
-    source: Source,
-    found: Structure,
-    wish: Wish,
-    runner: Runner | None,
-    calibration: torch.Tensor | None,
-    progress: Progress,
-) -> Plan:
-    allocator = catalogue.get(f"allocate/{wish.allocate}")
-    levels = [wish.level(bits) for bits in sorted(wish.levels)]
+    market = _widths(wish, source, found) if wish.budget else _densities(wish, found, allocator)
     measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
-    tried = levels if "errors" in allocator.evidence else []
+    tried = market.levels if "errors" in allocator.evidence else []
     looked = Survey({}, {})
     if tried or measures:
         looked = survey(
@@ -127,33 +156,73 @@ def _allocated(
             measures=measures,
             progress=progress,
         )
-    items = found.items()
-    costs = [torch.tensor([_item_bytes(item, level, source) for level in levels]) for item in items]
-    evidence: dict[str, Any] = {"costs": costs}
-    if tried:
-        evidence["errors"] = [
-            torch.tensor(
-                [sum(_damage(looked, layer, n) for layer in item) for n in range(len(levels))],
-                dtype=torch.float64,
-            )
-            for item in items
-        ]
-    if measures:
-        scores = looked.scores[measures[0].name]
-        evidence["scores"] = torch.tensor([scores[item[0].name] for item in items])
-    if "weights" in allocator.evidence:
-        evidence["weights"] = [_item_weight(source, item) for item in items]
-    budget = budget_bytes(wish.budget, source, found)
-    given = {word: evidence[word] for word in allocator.evidence}
-    chosen = allocator.run(**given, budget=budget)
-    layers: dict[str, LayerPlan] = {}
-    for number, item in enumerate(items):
-        level = levels[int(chosen[number])]
-        for layer in item:
-            why = _why(layer, level, looked, levels, int(chosen[number]), allocator, measures)
-            layers[layer.name] = _with_reason(for_layer(level, layer), why)
+    evidence = _evidence(market, looked, source)
+    given = {word: evidence[word]() for word in allocator.evidence}
+    chosen = allocator.run(**given, budget=market.budget)
+    layers = {
+        layer.name: _explained(layer, market, int(level), looked, allocator)
+        for item, level in zip(market.items, chosen, strict=True)
+        for layer in item
+    }
     ordered = {name: layers[name] for name in found.layers}
     return Plan(ordered, wish.format, wish.options, wish.budget)
+
+
+def _widths(wish: Wish, source: Source, found: Structure) -> _Market:
+    """Widths, in stored bytes; layers that a server fuses are one item."""
+    levels = [wish.level(bits) for bits in sorted(wish.levels)]
+    items = found.items()
+    costs = [torch.tensor([_item_bytes(item, level, source) for level in levels]) for item in items]
+    labels = [f"{level.bits} bits" for level in levels]
+    return _Market(items, levels, costs, budget_bytes(wish.budget, source, found), labels)
+
+
+def _densities(wish: Wish, found: Structure, allocator: catalogue.Method) -> _Market:
+    """Densities, in weights that are kept; every layer is an item."""
+    steps = FINE if "weights" in allocator.evidence else COARSE
+    densities = [step / steps for step in range(1, steps + 1)]
+    levels = [replace(wish.level(wish.bits), density=density) for density in densities]
+    items = [[layer] for layer in found.layers.values()]
+    costs = [(torch.arange(1, steps + 1) * item[0].count) // steps for item in items]
+    budget = int(wish.density * sum(item[0].count for item in items))
+    return _Market(items, levels, costs, budget, [f"density {d:g}" for d in densities])
+
+
+def _evidence(market: _Market, looked: Survey, source: Source) -> Mapping[str, Callable[[], Any]]:
+    """What an allocator may read, each made when it is asked for."""
+
+    def errors(item: Sequence[Layer]) -> torch.Tensor:
+        curves = [looked.errors[layer.name] for layer in item]
+        return torch.tensor(curves, dtype=torch.float64).sum(0)  # (levels,)
+
+    def score(item: Sequence[Layer]) -> float:
+        (scores,) = looked.scores.values()
+        # Layers of one item may differ; the most sensitive one speaks for all.
+        return max(scores[layer.name] for layer in item)
+
+    def weight(item: Sequence[Layer]) -> torch.Tensor:
+        parts = [layer.matrix(source.read(layer.tensor)).flatten() for layer in item]
+        return torch.cat(parts).float()  # (entries,)
+
+    return {
+        "costs": lambda: market.costs,
+        "errors": lambda: [errors(item) for item in market.items],
+        "scores": lambda: torch.tensor([score(item) for item in market.items]),
+        "weights": lambda: _Lazy([functools.partial(weight, item) for item in market.items]),
+    }
+
+
+class _Lazy(Sequence[torch.Tensor]):
+    """Tensors that are read when they are looked at, so that one at a time is in memory."""
+
+    def __init__(self, makers: Sequence[Callable[[], torch.Tensor]]) -> None:
+        self._makers = makers
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._makers[place]()
 
 
 def budget_bytes(budget: str, source: Source, found: Structure) -> int:
@@ -194,36 +263,26 @@ def _item_bytes(item: Sequence[Layer], level: LayerPlan, source: Source) -> int:
     return -int(-bits // 8)
 
 
-def _damage(looked: Survey, layer: Layer, level: int) -> float:
-    return looked.errors[layer.name][level]
-
-
-def _item_weight(source: Source, item: Sequence[Layer]) -> torch.Tensor:
-    return torch.cat([layer.matrix(source.read(layer.tensor)).flatten().float() for layer in item])
-
-
-def _with_reason(plan: LayerPlan, why: str) -> LayerPlan:
-    return replace(plan, why="; ".join(part for part in (why, plan.why) if part))
-
-
-def _why(
-    layer: Layer,
-    level: LayerPlan,
-    looked: Survey,
-    levels: Sequence[LayerPlan],
-    chosen: int,
-    allocator: catalogue.Method,
-    measures: Sequence[catalogue.Method],
-) -> str:
-    if measures:
-        score = looked.scores[measures[0].name][layer.name]
-        return f"{measures[0].name} {score:.3g} ranks it for {level.bits} bits"
-    if not looked.errors:
-        return f"{allocator.name} gives it {level.bits} bits"
-    errors = looked.errors[layer.name]
-    told = f"loses {errors[chosen]:.2%} at {level.bits} bits"
-    if chosen:
-        told += f", {errors[chosen - 1]:.2%} at {levels[chosen - 1].bits}"
-    if chosen + 1 < len(levels):
-        told += f"; {levels[chosen + 1].bits} would save {errors[chosen] - errors[chosen + 1]:.2%}"
-    return told
+def _explained(
+    layer: Layer, market: _Market, level: int, looked: Survey, allocator: catalogue.Method
+) -> LayerPlan:
+    """A layer's plan with what was known of the layer when the level was chosen."""
+    label = market.labels[level]
+    score = None
+    if looked.errors:
+        errors = looked.errors[layer.name]
+        score = errors[0]
+        why = f"loses {errors[level]:.2%} at {label}"
+        if level:
+            why += f", {errors[level - 1]:.2%} at {market.labels[level - 1]}"
+        if level + 1 < len(errors):
+            saved = errors[level] - errors[level + 1]
+            why += f"; {market.labels[level + 1]} would save {saved:.2%}"
+    elif looked.scores:
+        ((name, scores),) = looked.scores.items()
+        score = scores[layer.name]
+        why = f"{name} {score:.3g} ranks it for {label}"
+    else:
+        why = f"{allocator.name} gives it {label}"
+    shown = None if score is None else float(f"{score:.4g}")
+    return for_layer(replace(market.levels[level], score=shown, why=why), layer)

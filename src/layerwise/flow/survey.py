@@ -151,9 +151,8 @@ def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
         return level
     if layer.feeder:
         return level
-    return replace(
-        level, method="rtn", why=f"rtn: nothing that feeds it can take {level.method} scales"
-    )
+    reason = f"rtn: nothing that feeds it can take {level.method} scales"
+    return replace(level, method="rtn", why="; ".join(filter(None, (level.why, reason))))
 
 
 def _block_evidence(

@@ -103,6 +103,7 @@ def layer_table(report: Report) -> Table:
         ("density", "right"),
         ("rank", "right"),
         ("error", "right"),
+        ("score", "right"),
         ("method", "left"),
         ("why", "left"),
     )
@@ -116,6 +117,7 @@ def layer_table(report: Report) -> Table:
             f"{row.density:.2f}",
             _dash(row.rank or None),
             f"{row.error:.3%}",
+            "-" if row.score is None else f"{row.score:.3g}",
             row.method,
             why,
         )

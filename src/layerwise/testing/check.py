@@ -9,9 +9,10 @@ from layerwise.core.catalogue import Method
 Law = Callable[[Method], None]
 
 EVERY_VERB = "every_verb"
+OBEYED, BROKEN = "ok", "BROKEN: "
 
 
-def laws(verb: str) -> Iterator[Law]:
+def laws_of(verb: str) -> Iterator[Law]:
     """Laws of every verb, then laws of this one."""
     for file in (EVERY_VERB, verb):
         yield from laws_in(file)
@@ -25,21 +26,36 @@ def laws_in(file: str) -> Iterator[Law]:
             yield law
 
 
+def verdicts(method: Method) -> dict[str, str]:
+    """What becomes of a method under every law of its verb, by the law's name.
+
+    Returns:
+        "ok", "exempt: <reason>", or what begins with `BROKEN`: the law is broken, or the method
+        is exempt from a law that it obeys or that does not exist.
+    """
+    found: dict[str, str] = {}
+    for law in laws_of(method.verb):
+        broken, exempt = _broken(law, method), method.exempt.get(law.__name__)
+        if broken is None:
+            verdict = OBEYED if exempt is None else f"{BROKEN}exempt, but the method obeys it"
+        else:
+            verdict = BROKEN + broken if exempt is None else f"exempt: {exempt}"
+        found[law.__name__] = verdict
+    unknown = method.exempt.keys() - found.keys()
+    return found | dict.fromkeys(sorted(unknown), f"{BROKEN}exempt, but there is no such law")
+
+
 def check(method: Method) -> None:
     """Hold a method to every law of its verb.
 
     Raises:
-        AssertionError: The method breaks a law, or is exempt from a law that it obeys or that
-            does not exist.  The message lists every such law.
+        AssertionError: A verdict is `BROKEN`.  The message lists every such law.
     """
-    known = {law.__name__: law for law in laws(method.verb)}
-    wrong = [f"{name}: exempt, but there is no such law" for name in method.exempt.keys() - known]
-    for name, law in known.items():
-        broken = _broken(law, method)
-        if broken is not None and name not in method.exempt:
-            wrong.append(f"{name}: {broken}")
-        if broken is None and name in method.exempt:
-            wrong.append(f"{name}: exempt, but the method obeys it")
+    wrong = [
+        f"{name}: {verdict.removeprefix(BROKEN)}"
+        for name, verdict in verdicts(method).items()
+        if verdict.startswith(BROKEN)
+    ]
     if wrong:
         raise AssertionError("\n".join((f"{method.id} breaks {len(wrong)} laws", *wrong)))
 
