@@ -18,7 +18,8 @@ from layerwise.core.structure import Layer, Structure
 from layerwise.flow.survey import Survey, for_layer, survey
 
 LEVELS = (2, 3, 4, 8)
-# Trying a density costs a run of the pruner; reading a weight's scores at one costs nothing.
+# Densities between 0 and 1: few for an allocator that goes by what each does to a layer, since
+# every one of them is tried; many for the others.
 COARSE, FINE = 10, 1000
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -179,7 +180,7 @@ def _widths(wish: Wish, source: Source, found: Structure) -> _Market:
 
 def _densities(wish: Wish, found: Structure, allocator: catalogue.Method) -> _Market:
     """Densities, in weights that are kept; every layer is an item."""
-    steps = FINE if "weights" in allocator.evidence else COARSE
+    steps = COARSE if {"errors", "scores"}.intersection(allocator.evidence) else FINE
     densities = [step / steps for step in range(1, steps + 1)]
     levels = [replace(wish.level(wish.bits), density=density) for density in densities]
     items = [[layer] for layer in found.layers.values()]
@@ -269,7 +270,11 @@ def _explained(
     """A layer's plan with what was known of the layer when the level was chosen."""
     label = market.labels[level]
     score = None
-    if looked.errors:
+    if looked.scores:
+        ((name, scores),) = looked.scores.items()
+        score = scores[layer.name]
+        why = f"{name} {score:.3g} ranks it for {label}"
+    elif looked.errors:
         errors = looked.errors[layer.name]
         score = errors[0]
         why = f"loses {errors[level]:.2%} at {label}"
@@ -278,10 +283,6 @@ def _explained(
         if level + 1 < len(errors):
             saved = errors[level] - errors[level + 1]
             why += f"; {market.labels[level + 1]} would save {saved:.2%}"
-    elif looked.scores:
-        ((name, scores),) = looked.scores.items()
-        score = scores[layer.name]
-        why = f"{name} {score:.3g} ranks it for {label}"
     else:
         why = f"{allocator.name} gives it {label}"
     shown = None if score is None else float(f"{score:.4g}")
