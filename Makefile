@@ -32,7 +32,7 @@ check: env
 	$(BIN)/python scripts/make_docs.py --check
 
 claims: env
-	$(BIN)/layerwise claims
+	$(BIN)/python scripts/make_docs.py --claims --check
 
 docs: env
 	$(BIN)/python scripts/make_docs.py

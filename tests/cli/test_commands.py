@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli.conftest import contents
 from safetensors.torch import load_file
@@ -91,9 +92,12 @@ def test_compress_evaluate_and_run(layerwise, llama, text, tmp_path):
     assert len(said.document["layers"]) == 14
     assert "proven" in said.err
 
+    assert torch.is_grad_enabled()
+
     said = layerwise("evaluate", out, "--against", llama, "--text", text, *WINDOWS, "--json")
     assert said.status == 0, said.err
     assert said.document["kl"] > 0
+    assert torch.is_grad_enabled()
     assert "perplexity" in said.err
 
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())

@@ -23,7 +23,8 @@ _SOURCE = "abstract: outperforms prior training-free low-rank methods, LLaMA3-8B
     ),
     claims=(
         Claim("svd", "bytes-wikitext/compensate", {"rank": 8}, 0.25, _SOURCE),
-        Claim("svd", "stories-char-940k/compensate", {"rank": 8}, 0.25, _SOURCE),
+        Claim("svd", "stories-char-940k/compensate", {"rank": 8, "group": 32}, 0.25, _SOURCE),
+        Claim("svd", "builtin-tiny/compensate", {"rank": 8}, 0.25, _SOURCE),
     ),
 )
 def eora(

@@ -215,8 +215,11 @@ class Runner:
                 return self._wrap(hidden)
 
             acts = [give, *[pass_on] * (len(self.blocks) - 1)]
+            # A generator that is left half-way must not hold the stand-ins, nor the caller's
+            # grad mode: the answer is yielded outside.
             with self._stand_ins(acts), torch.no_grad():
-                yield _first(self._call_model(outer, tokens)).cpu()
+                answer = _first(self._call_model(outer, tokens)).cpu()
+            yield answer
 
     def batch(self, ids: Tensor) -> int:
         """Windows that are carried at once."""

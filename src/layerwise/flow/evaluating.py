@@ -95,9 +95,11 @@ def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
 
 def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
     """Logits of a loaded model, batch after batch."""
-    with torch.no_grad():
-        for part in ids.split(batch):
-            yield model(part).logits
+    for part in ids.split(batch):
+        with torch.no_grad():
+            found = model(part).logits
+        # Yielded outside: a generator left half-way must not hold the caller's grad mode.
+        yield found
 
 
 def _require_compressed_tensors() -> None:

@@ -25,6 +25,8 @@ _SOURCE = "Wanda README: LLaMA2-7B at 50%, perplexity 6.51 against 14.89 (dense 
     claims=(
         Claim("magnitude", "bytes-wikitext/prune", {"density": 0.5}, 0.2, _SOURCE),
         Claim("magnitude", "stories-char-940k/prune", {"density": 0.5}, 0.2, _SOURCE),
+        Claim("magnitude", "reference-6m/prune", {"density": 0.4}, 0.2, _SOURCE),
+        Claim("magnitude", "builtin-tiny/prune", {"density": 0.4}, 0.2, _SOURCE),
     ),
 )
 def sparsegpt(

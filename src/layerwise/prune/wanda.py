@@ -16,7 +16,10 @@ _SOURCE = "README: LLaMA2-7B at 50%, perplexity 6.42 against 14.89 (dense 5.12)"
     Paper("A Simple and Effective Pruning Approach for Large Language Models", 2023, "2306.11695"),
     claims=(
         Claim("magnitude", "bytes-wikitext/prune", {"density": 0.5}, 0.1, _SOURCE),
+        Claim("magnitude", "bytes-wikitext-outliers/prune", {"density": 0.5}, 0.1, _SOURCE),
         Claim("magnitude", "stories-char-940k/prune", {"density": 0.5}, 0.1, _SOURCE),
+        Claim("magnitude", "reference-6m/prune", {"density": 0.4}, 0.1, _SOURCE),
+        Claim("magnitude", "builtin-tiny/prune", {"density": 0.4}, 0.1, _SOURCE),
     ),
     rows="independent",
 )

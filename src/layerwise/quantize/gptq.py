@@ -18,6 +18,9 @@ _BLOCK = 128
 # Two numbers of this many bits, multiplied and summed over a block, fit the 53 of a float64.
 _EXACT_BITS = 23
 
+_SOURCE = "table in the authors' README: LLaMA-7B at 4 bits, and at 3 bits in groups of 128"
+_SYMMETRIC = {"group": 32, "symmetric": True}
+
 
 @quantizer(
     Paper(
@@ -26,20 +29,10 @@ _EXACT_BITS = 23
         "2210.17323",
     ),
     claims=(
-        Claim(
-            beats="rtn",
-            bench="bytes-wikitext/quantize",
-            options={"bits": 3, "group": 64},
-            margin=0.5,
-            source="LLaMA-7B at 3 bits in groups of 128, table in the authors' README",
-        ),
-        Claim(
-            beats="rtn",
-            bench="stories-char-940k/quantize",
-            options={"bits": 4, "group": 32, "symmetric": True},
-            margin=0.5,
-            source="LLaMA-7B at 4 bits, table in the authors' README",
-        ),
+        Claim("rtn", "bytes-wikitext/quantize", {"bits": 3, "group": 64}, 0.5, _SOURCE),
+        Claim("rtn", "stories-char-940k/quantize", _SYMMETRIC | {"bits": 4}, 0.5, _SOURCE),
+        Claim("rtn", "reference-6m/quantize", _SYMMETRIC | {"bits": 3}, 0.5, _SOURCE),
+        Claim("rtn", "builtin-tiny/quantize", _SYMMETRIC | {"bits": 3}, 0.5, _SOURCE),
     ),
     exempt={"pruned_weights_stay_zero": "a zero moves to absorb the errors of its row"},
     rows="independent",

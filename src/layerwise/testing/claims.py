@@ -19,6 +19,7 @@ from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
 from layerwise.testing.digits import digits_loss
+from layerwise.testing.outliers import with_outliers
 
 ASSETS = "LAYERWISE_ASSETS"
 DIGITS = "digits-mlp"
@@ -54,13 +55,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A trained model and its texts, by path below the assets; "" is built in."""
+    """A trained model and its texts, by path below the assets; "" is built in.
+
+    Above 1, `outliers` is how much larger a few of the inputs of its layers are made.  The part of
+    the held-out text before `unseen_from`, a fraction, was in the model's training.
+    """
 
     path: str
     calibration: str
     heldout: str
     length: int = 256
     windows: int = 64
+    outliers: float = 1.0
+    unseen_from: float = 0.0
 
 
 _MODELS = {
@@ -73,8 +80,14 @@ _MODELS = {
     "bytes-wikitext": _Model(
         "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128
     ),
+    "bytes-wikitext-outliers": _Model(
+        "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128, 30
+    ),
     "reference-6m": _Model(
-        "models/reference-6m", "text/wikitext2/valid.txt", "text/wikitext2/test.txt"
+        "models/reference-6m",
+        "text/wikitext2/valid.txt",
+        "text/wikitext2/test.txt",
+        unseen_from=0.5,
     ),
 }
 
@@ -84,6 +97,7 @@ _BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "prune": ("pruner", {}),
     "compensate": ("compensator", {"bits": 2, "group": 64}),
     "measure": ("measure", {"allocate": "threshold", "group": 64}),
+    "allocate": ("allocate", {"method": "gptq", "group": 32, "symmetric": True}),
 }
 
 
@@ -135,6 +149,16 @@ def _asset(path: str) -> Path:
     return Path(os.environ[ASSETS]) / path
 
 
+def _heldout(facts: _Model) -> str | list[str]:
+    if not facts.path:
+        return "builtin"
+    file = _asset(facts.heldout)
+    if not facts.unseen_from:
+        return str(file)
+    content = file.read_text(encoding="utf-8")
+    return [content[int(facts.unseen_from * len(content)) :]]
+
+
 @functools.cache
 def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any], ...]) -> float:
     """Excess cross-entropy of one method on one bench, in nats per token."""
@@ -142,12 +166,15 @@ def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any]
     argument, fixed = _BENCHES[verb]
     built_in = not facts.path
     wish: dict[str, Any] = {**fixed, **dict(options), argument: name}
+    source = "builtin:tiny" if built_in else str(_asset(facts.path))
     with tempfile.TemporaryDirectory() as folder:
+        if facts.outliers != 1:
+            source = str(with_outliers(source, Path(folder) / "outliers", facts.outliers))
         report = lw.compress(
-            "builtin:tiny" if built_in else str(_asset(facts.path)),
+            source,
             Path(folder) / "out",
             calibration="builtin" if built_in else str(_asset(facts.calibration)),
-            text="builtin" if built_in else str(_asset(facts.heldout)),
+            text=_heldout(facts),
             samples=facts.windows,
             text_samples=facts.windows,
             length=facts.length,
