@@ -74,7 +74,8 @@ def measure(
     """
     chosen = [catalogue.get(f"measure/{name}") for name in measures]
     wanted = Wish(**wish)
-    tried = [wanted.level(bits) for bits in levels or (4,)]
+    comparing = any("approximation" in method.evidence for method in chosen)
+    tried = [wanted.level(bits) for bits in levels or ([4] if comparing else [])]
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
     texts = Texts(calibration, samples, length)
     prepared = prepare(

@@ -68,6 +68,16 @@ def test_inspect(layerwise, llama):
     assert "model.layers.1.mlp.down_proj" in said.err
 
 
+def test_inspect_shows_the_error_at_each_width(layerwise, llama, text):
+    command = ("inspect", llama, "--measure", "lim,error", "--group", 16, "--calibration", text)
+    one = layerwise(*command, *WINDOWS, "--json").document["layers"]
+    several = layerwise(*command, *WINDOWS, "--bits", "2,4,8", "--json").document["layers"]
+    for before, after in zip(one, several, strict=True):
+        assert after["error_4"] == pytest.approx(before["error"], rel=1e-4)
+        assert after["error_2"] > after["error_4"] > after["error_8"] > 0
+        assert after["lim"] == before["lim"]
+
+
 def test_plan(layerwise, llama, tmp_path):
     file = tmp_path / "new" / "plan.yaml"
     command = ("plan", llama, "-o", file, "--budget", "4bits", "--group", 16)

@@ -18,12 +18,16 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.plan import to_yaml
 
+# The measure that is also found at several widths at once.
+ERROR = "error"
+
 
 def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise inspect`."""
     opened = lw.open(chosen.model)
     measures = [name for name in chosen.measure.split(",") if name]
-    looked = None
+    widths = _widths("--bits", chosen.bits)
+    scores: dict[str, Mapping[str, float]] = {}
     if measures:
         with Bars() as bars:
             looked = lw.measure(
@@ -31,11 +35,15 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 measures,
                 **_calibration(chosen),
                 **_machine(chosen),
-                levels=(chosen.bits,),
+                levels=widths if ERROR in measures else (),
                 progress=bars,
                 **_grid(chosen),
             )
-    scores = looked.scores if looked else {}
+        scores |= looked.scores
+        if ERROR in measures and len(widths) > 1:
+            del scores[ERROR]
+            for place, bits in enumerate(widths):
+                scores[f"{ERROR}_{bits}"] = {n: curve[place] for n, curve in looked.errors.items()}
     console().print(report.structure_table(opened.source, opened.structure, scores))
     if chosen.json:
         _print_json(report.structure_json(opened.source, opened.structure, scores))
@@ -208,7 +216,7 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
-        "levels": _levels(chosen.levels),
+        "levels": _widths("--levels", chosen.levels),
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
@@ -236,11 +244,11 @@ def _refuse_wishes(given: Sequence[str]) -> None:
         )
 
 
-def _levels(text: str) -> list[int]:
+def _widths(flag: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--levels {text} is not a list of widths.", "Write 2,3,4,8.") from None
+        raise UserError(f"{flag} {text} is not a list of widths.", "Write 2,3,4,8.") from None
 
 
 def _grid(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -64,11 +64,13 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "inspect",
         "show a model's layers, what is left alone, and measures",
         "layerwise inspect builtin:tiny",
-        "layerwise inspect MODEL --measure lim,zd,error --calibration text.txt",
+        "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
-    made.add_argument("--bits", type=int, default=4, help="width at which errors are measured (4)")
+    made.add_argument(
+        "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
+    )
     _grid(made)
     _calibration(made)
     _machine(made)
