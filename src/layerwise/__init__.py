@@ -3,16 +3,17 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `evaluate`.
+The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `evaluate`; and
+`forecast`, which says what carrying out a plan takes.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, measure, open, plan
+    from layerwise.api import compress, evaluate, forecast, measure, open, plan
     from layerwise.core.errors import UserError
 
-__all__ = ["UserError", "compress", "evaluate", "measure", "open", "plan"]
+__all__ = ["UserError", "compress", "evaluate", "forecast", "measure", "open", "plan"]
 __version__ = "0.1.0"
 
 

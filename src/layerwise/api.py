@@ -8,17 +8,19 @@ from typing import Any
 from torch import nn
 
 from layerwise.core import catalogue
-from layerwise.core.checkpoint import Source, open_source
+from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.errors import UserError
+from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Comparison, Report
-from layerwise.core.plan import Plan, check_plan
+from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, windows
-from layerwise.flow.compressing import Proving, Texts, prepare
+from layerwise.flow import preparing
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.evaluating import answers, compare, load
 from layerwise.flow.planning import Wish, make_plan
+from layerwise.flow.preparing import Prepared, Proving, Texts
 from layerwise.flow.survey import Survey, survey
 
 Model = str | Path | nn.Module
@@ -73,16 +75,15 @@ def measure(
         wish: Fields of `Wish` that say how a level is made: method, group, symmetric.
     """
     chosen = [catalogue.get(f"measure/{name}") for name in measures]
-    wanted = Wish(**wish)
+    opened = open(model)
+    wanted = Wish(**wish).fitted(opened.structure)
     comparing = any("approximation" in method.evidence for method in chosen)
     tried = [wanted.level(bits) for bits in levels or ([4] if comparing else [])]
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
-    texts = Texts(calibration, samples, length)
-    prepared = prepare(
-        model,
+    prepared = _prepared(
+        opened,
         [*chosen, *steps],
-        texts,
-        proof="none",
+        Texts(calibration, samples, length),
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -126,12 +127,10 @@ def plan(
         UserError: The wish cannot be met.
     """
     wanted = Wish(**wish)
-    texts = Texts(calibration, samples, length)
-    prepared = prepare(
-        model,
+    prepared = _prepared(
+        open(model),
         wanted.methods(),
-        texts,
-        proof="none",
+        Texts(calibration, samples, length),
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -139,8 +138,69 @@ def plan(
     made = make_plan(
         prepared.source, prepared.found, wanted, prepared.runner, ids, progress or Silent()
     )
-    check_plan(made, prepared.found)
+    preparing.check(prepared, made)
     return made
+
+
+def forecast(
+    model: Model,
+    plan: Plan,
+    *,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    proof: Proving = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Forecast:
+    """Say what `compress` would take to carry out a plan: size, memory, time.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        plan: What would be carried out.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text to compare on.
+        text_samples: Windows of it.
+        proof: What would be proven.
+        device: Where the block at work would be put.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Raises:
+        UserError: The plan cannot be carried out.
+    """
+    prepared = _prepared(
+        open(model),
+        plan.methods(),
+        Texts(calibration, samples, length, text, text_samples),
+        proof=proof,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return preparing.foresee(prepared, plan, preparing.check(prepared, plan).size)
+
+
+def _prepared(
+    opened: Opened,
+    methods: Sequence[catalogue.Method],
+    texts: Texts,
+    *,
+    proof: Proving = "none",
+    device: str,
+    trust_remote_code: bool,
+) -> Prepared:
+    return preparing.prepare(
+        opened.source,
+        opened.structure,
+        methods,
+        texts,
+        proof=proof,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def compress(
@@ -222,9 +282,9 @@ def evaluate(
     Raises:
         UserError: A model or the text is not there, or the two have different vocabularies.
     """
-    source = open_source(model)
+    source = open_checkpoint(model)
     chosen = windows(source, text, samples=samples, length=length, role="heldout")
-    base = None if against is None else open_source(against)
+    base = None if against is None else open_checkpoint(against)
     if base and base.config.get("vocab_size") != source.config.get("vocab_size"):
         raise UserError(
             f"{source.label} has {source.config.get('vocab_size')} tokens, {base.label} has "
@@ -232,7 +292,7 @@ def evaluate(
             "Give the model that it was made from.",
         )
     models = [
-        load(Path(one.label), one.config, trust_remote_code=trust_remote_code)
+        load(one.folder, one.config, trust_remote_code=trust_remote_code)
         for one in (source, base)
         if one is not None
     ]

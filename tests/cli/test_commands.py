@@ -89,6 +89,9 @@ def test_plan(layerwise, llama, tmp_path):
     assert written["leave"] == said.document["left"]
     assert "model.layers.1.mlp.down_proj" in said.err
     assert contents(tmp_path).keys() == {"new/plan.yaml"}
+    layers = said.document["layers"].values()
+    assert said.document["forecast"]["size_bytes"] > sum(map(bool, layers))
+    assert "carrying it out" in said.err
 
 
 def test_compress_evaluate_and_run(layerwise, llama, text, tmp_path):
@@ -138,6 +141,27 @@ def test_a_recipe_of_a_plan(layerwise, llama, tmp_path):
     assert said.document[0]["out"] == str(again)
     names = ("model.safetensors", "plan.yaml")
     assert all((again / n).read_bytes() == (out / n).read_bytes() for n in names)
+
+
+def test_a_file_that_no_loader_finds_is_not_evaluated(refuses, llama, text, tmp_path):
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((llama / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    says = (alone, "cannot be loaded as a model")
+    refuses("evaluate", alone, "--text", text, *WINDOWS, says=says, remedy="model's directory")
+
+
+def test_the_weights_of_a_directory_stand_for_it(layerwise, llama, text):
+    said = layerwise("evaluate", llama / "model.safetensors", "--text", text, *WINDOWS, "--json")
+    assert (
+        said.document == layerwise("evaluate", llama, "--text", text, *WINDOWS, "--json").document
+    )
+
+
+def test_a_group_that_fits_is_found(layerwise, llama, tmp_path):
+    """Layers are 32 and 64 wide."""
+    said = layerwise("plan", llama, "--bits", 4, "-o", tmp_path / "plan.yaml", "--json")
+    assert {layer["group"] for layer in said.document["layers"].values()} == {32}
 
 
 def test_methods(layerwise):

@@ -66,14 +66,23 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_wish(chosen, given),
             progress=bars,
         )
+    foreseen = lw.forecast(chosen.model, made, **_calibration(chosen), **_machine(chosen))
     file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(file.name + ".partial")
     staged.write_text(to_yaml(made, chosen.model, opened.structure))
     staged.rename(file)
     console().print(report.plan_table(opened.source, opened.structure, made))
+    console().print(report.forecast_line(foreseen))
     if chosen.json:
         layers = {name: asdict(layer) for name, layer in made.layers.items()}
-        _print_json({"plan": str(file), "layers": layers, "left": dict(opened.structure.left)})
+        _print_json(
+            {
+                "plan": str(file),
+                "layers": layers,
+                "left": dict(opened.structure.left),
+                "forecast": dict(foreseen.as_json()),
+            }
+        )
     return 0
 
 

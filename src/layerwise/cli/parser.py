@@ -31,7 +31,7 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_examples(
             "layerwise inspect builtin:tiny",
-            "layerwise compress builtin:tiny -o small --budget 3.5bits --method gptq --group 32",
+            "layerwise compress builtin:tiny -o small --budget 3.5bits --method gptq",
             "layerwise evaluate small --against builtin:tiny",
         ),
     )
@@ -81,7 +81,7 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
         commands,
         "plan",
         "decide what every layer gets, and write it as a file to edit",
-        "layerwise plan builtin:tiny --budget 3.5bits --method gptq --group 32 -o plan.yaml",
+        "layerwise plan builtin:tiny --budget 3.5bits --method gptq -o plan.yaml",
         "layerwise plan MODEL --budget 40% --calibration text.txt -o plan.yaml",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -187,7 +187,9 @@ def _claims(commands: Any, arguments: Sequence[str]) -> None:
 
 def _grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--group", type=int, default=128, help="inputs that share a scale; 0: a row (128)"
+        "--group",
+        type=int,
+        help="inputs that share a scale; 0: a row (128, or the most that divides every width)",
     )
     parser.add_argument("--symmetric", action="store_true", help="store no zero points")
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")

@@ -29,7 +29,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BOOL": torch.bool,
     }
 )
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 # Weights first: training leaves other pickles beside them.
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What a model directory holds beside its weights, and what must not be taken along.
@@ -99,6 +100,21 @@ class Checkpoint:
     def label(self) -> str:
         """The path."""
         return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """The directory that a loader of models takes.
+
+        Raises:
+            UserError: This is a file that no such loader would find.
+        """
+        if self.config and (self.path.is_dir() or self.path.name == WEIGHTS):
+            return self.path if self.path.is_dir() else self.path.parent
+        raise UserError(
+            f"{self.path} cannot be loaded as a model: that takes a directory with a config.json "
+            f"and {WEIGHTS}.",
+            "Give the model's directory.",
+        )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or rows `start` to `stop` of it.

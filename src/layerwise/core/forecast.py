@@ -10,10 +10,12 @@ from layerwise.core import catalogue, memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.runner import MICRO_BATCH_TOKENS
 from layerwise.core.stream import SLICE_ENTRIES
 from layerwise.core.structure import Layer, Structure
 
 _SAMPLE_ROWS = 256
+_SIDE = 1024
 _FLOAT = 4  # bytes
 
 
@@ -59,7 +61,7 @@ def forecast(
         peak = memory.peak_bytes() + 2 * largest + 16 * SLICE_ENTRIES * _FLOAT
         return Forecast(size, peak, seconds + (size + _bytes(source)) / 1e9)
     weights = sum(info.count for info in source.tensors.values())
-    rate = _products_per_second()
+    rate = _products_per_second(max(found.layers.values(), key=lambda layer: layer.count))
     seconds += 2 * weights * (2 * tokens + proof) / rate
     hidden = int(source.config.get("hidden_size") or 0)
     vocabulary = int(source.config.get("vocab_size") or 0)
@@ -71,7 +73,12 @@ def forecast(
     grams = max(
         sum(width**2 for (name, _), width in inputs.items() if name == one) for one in found.blocks
     )
-    activations = 2 * tokens * hidden
+    # What the layers of a block answer to one batch lives until the block has answered.
+    answered = max(
+        sum(layer.rows for layer in found.layers.values() if layer.block == name)
+        for name in found.blocks
+    )
+    activations = 2 * tokens * hidden + min(tokens, MICRO_BATCH_TOKENS) * answered
     working = 3 * block + grams + activations
     proving = weights + 4 * min(proof, 8192) * vocabulary if proof else 0
     peak = memory.peak_bytes() + _FLOAT * max(working, proving)
@@ -115,12 +122,12 @@ def _sample(layer: Layer, layer_plan: LayerPlan, plan: Plan) -> float:
     return (time.perf_counter() - begun) / rows
 
 
-def _products_per_second() -> float:
-    """Multiplications and additions per second of a matrix product."""
-    side = 512
-    left = torch.ones(side, side)
-    torch.mm(left, left)
+def _products_per_second(layer: Layer) -> float:
+    """Multiplications and additions per second of a matrix product of a layer's shape."""
+    rows, width = min(layer.rows, _SIDE), min(layer.width, _SIDE)
+    inputs, weight = torch.ones(_SIDE, width), torch.ones(width, rows)
+    torch.mm(inputs, weight)
     begun = time.perf_counter()
     for _ in range(4):
-        torch.mm(left, left)
-    return 4 * 2 * side**3 / (time.perf_counter() - begun)
+        torch.mm(inputs, weight)
+    return 4 * 2 * _SIDE * width * rows / (time.perf_counter() - begun)

@@ -141,6 +141,7 @@ class Report:
         comparison: Quality on held-out text; None if the model was not run.
         proof: The reload; None if the model was not run.
         seconds: Wall time.
+        work_seconds: The part of it that the forecast is of: all after the plan was made.
         cpu_seconds: Processor time.
         peak_bytes: Most memory held at once.
         forecast: What was foreseen of size, memory and time.
@@ -158,6 +159,7 @@ class Report:
     comparison: Comparison | None
     proof: Proof | None
     seconds: float
+    work_seconds: float
     cpu_seconds: float
     peak_bytes: int
     forecast: Mapping[str, int | float]

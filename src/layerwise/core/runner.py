@@ -132,7 +132,7 @@ class Runner:
             raise UserError(
                 f"{source.label} has {', '.join(absent)}, but {type(self.model).__name__}, "
                 "as which it is run, has nothing there.",
-                "Use methods that read weights alone, with --proof tensors.",
+                "Use methods that read weights alone, with --proof none.",
             )
         parents = {self._module_path(b).rpartition(".")[0] for b in found.blocks if b}
         lists = all(isinstance(self.model.get_submodule(p), nn.ModuleList) for p in parents)
@@ -321,7 +321,7 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
         raise UserError(
             f"{source.label} has no config.json beside it, so the model cannot be run.",
             "Give the model's directory, or use methods that read weights alone "
-            "(`layerwise methods --needs nothing`) with --proof tensors.",
+            "(`layerwise methods --needs nothing`) with --proof none.",
         )
     try:
         import transformers
@@ -447,7 +447,7 @@ def _renaming(
             raise UserError(
                 f"{source.label}: transformers makes {renamed} out of {name} by a rearrangement "
                 "that layerwise does not follow.",
-                "Use methods that read weights alone, with --proof tensors.",
+                "Use methods that read weights alone, with --proof none.",
             )
         return renamed, (*map(int, re.findall(r"\d+", name)), places[pattern])
 

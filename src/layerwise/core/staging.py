@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerwise.core.checkpoint import DTYPES, INDEX, TensorInfo
+from layerwise.core.checkpoint import DTYPES, INDEX, WEIGHTS, TensorInfo
 from layerwise.core.errors import UserError
 
 _JOURNAL = "journal.jsonl"
@@ -78,11 +78,7 @@ def arrange(tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES) -> Ar
     headers: dict[str, bytes] = {}
     lengths: dict[str, int] = {}
     for number, shard in enumerate(shards, 1):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         # Widest entries first keeps every tensor aligned to its own width.
         ordered = sorted(shard, key=lambda info: -info.dtype.itemsize)
         header, starts, end = _header(ordered)
@@ -218,6 +214,11 @@ def check_target(out: Path) -> None:
         )
 
 
+def partial_folder(out: Path) -> Path:
+    """Where an output is while it is being made."""
+    return out.with_name(out.name + ".partial")
+
+
 def stage(out: Path, arrangement: Arrangement, identity: str, *, restart: bool) -> Staging:
     """Reserve the disk space for an output, or take up a run that stopped.
 
@@ -232,7 +233,7 @@ def stage(out: Path, arrangement: Arrangement, identity: str, *, restart: bool) 
             work on it, or a different one stopped there.
     """
     check_target(out)
-    folder = out.with_name(out.name + ".partial")
+    folder = partial_folder(out)
     lock = _lock(folder, out, arrangement)
     try:
         if restart:

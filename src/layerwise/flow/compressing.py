@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -16,128 +14,35 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise import export
-from layerwise.core import catalogue, memory
-from layerwise.core.checkpoint import Checkpoint, ModuleSource, Source, TensorInfo, open_source
+from layerwise.core import memory
+from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_source
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import Forecast, forecast
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
-from layerwise.core.plan import Plan, check_plan, read_plan, to_yaml
+from layerwise.core.plan import Plan, read_plan, to_yaml
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
-from layerwise.core.staging import Staging, arrange, check_target, stage
+from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
-from layerwise.core.structure import Structure, structure
-from layerwise.core.text import Text, Windows, windows
+from layerwise.core.structure import structure
+from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, walk
 from layerwise.flow.evaluating import answers, compare, load
 from layerwise.flow.planning import Wish, make_plan
+from layerwise.flow.preparing import (
+    Prepared,
+    Proving,
+    Texts,
+    check,
+    check_disk,
+    foresee,
+    prepare,
+)
 
-Proving = Literal["auto", "logits", "none"]
 PROOF_WINDOWS = 8
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
 # point or order of codes moves it by far more than this.
 ALLOWED = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """What a run reads, and how much of it.
-
-    Attributes:
-        calibration: Text that evidence is gathered on; None for the default of the model.
-        samples: Windows of it.
-        length: Tokens per window.
-        heldout: Text that the result is compared on; None for one that calibration did not use.
-        heldout_samples: Windows of it.
-    """
-
-    calibration: Text | None = None
-    samples: int = 64
-    length: int = 256
-    heldout: Text | None = None
-    heldout_samples: int = 32
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model, opened, with what its wish needs: nothing is written yet."""
-
-    source: Source
-    found: Structure
-    runner: Runner | None
-    calibration: Windows | None
-    heldout: Windows | None
-
-
-def prepare(
-    model: str | Path | nn.Module,
-    methods: Sequence[catalogue.Method],
-    texts: Texts,
-    *,
-    proof: Proving = "auto",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> Prepared:
-    """Open a model and read the texts that the methods and the proof need.
-
-    Raises:
-        UserError: The model, or a text that a method needs, is not there.
-    """
-    source = open_source(model)
-    found = structure(source)
-    needy = [method.id for method in methods if method.needs == "calibration"]
-    text = texts.calibration
-    if text is None and str(model) == "builtin:tiny":
-        text = "builtin"
-    if needy and text is None:
-        raise UserError(
-            f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
-            "Add --calibration TEXT (a text file, a JSON list of strings, a hub data set, or "
-            "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
-        )
-    if isinstance(source, ModuleSource):
-        inputs = text if isinstance(text, Tensor) else None
-        given = Windows(inputs, "tensor") if inputs is not None else None
-        runner = Runner(source, found, device=device) if given else None
-        return Prepared(source, found, runner, given if needy else None, given)
-    proving = proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
-    if not needy and not proving:
-        return Prepared(source, found, None, None, None)
-    runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
-    calibration = None
-    if needy and text is not None:
-        calibration = windows(source, text, samples=texts.samples, length=texts.length)
-    heldout = _heldout(source, text, texts, calibration) if proving else None
-    return Prepared(source, found, runner, calibration, heldout)
-
-
-def _readable(source: Source) -> bool:
-    """Whether text can become tokens of this model."""
-    named = any(file.name == "tokenizer.json" for file in source.companions)
-    return named or source.config.get("vocab_size") == 256
-
-
-def _heldout(
-    source: Source, text: Text | None, texts: Texts, calibration: Windows | None
-) -> Windows:
-    length = texts.length
-    if texts.heldout is not None:
-        return windows(
-            source, texts.heldout, samples=texts.heldout_samples, length=length, role="heldout"
-        )
-    if text is None or str(text) == "builtin" or calibration is None:
-        return windows(
-            source, "builtin", samples=texts.heldout_samples, length=length, role="heldout"
-        )
-    used = len(calibration.ids)
-    more = windows(source, text, samples=used + texts.heldout_samples, length=length)
-    if len(more.ids) == used:
-        raise UserError(
-            f"the calibration text {more.label} has no window left to compare the result on.",
-            "Give --text TEXT to compare on, fewer --samples, or --proof none.",
-        )
-    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
 
 
 def compress(
@@ -180,20 +85,24 @@ def compress(
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
     prepared = prepare(
-        model, methods, texts, proof=proof, device=device, trust_remote_code=trust_remote_code
+        source,
+        found,
+        methods,
+        texts,
+        proof=proof,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
-    source, found = prepared.source, prepared.found
     if ready is None:
         calibration = prepared.calibration
         ready = make_plan(
             source, found, wish, prepared.runner, calibration.ids if calibration else None, progress
         )
-    check_plan(ready, found)
+    arrangement = check(prepared, ready)
+    check_disk(target, arrangement.size)
+    foreseen = foresee(prepared, ready, arrangement.size)
+    working = time.perf_counter()
     format = export.get(ready.format)
-    format.check(ready, found)
-    arrangement = arrange(_output_tensors(source, found, ready, format))
-    foreseen = _forecast(prepared, ready, arrangement.size)
-    _check_disk(target, arrangement.size)
     staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
     try:
         rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
@@ -214,6 +123,7 @@ def compress(
         comparison=comparison,
         proof=proved,
         seconds=time.perf_counter() - begun,
+        work_seconds=time.perf_counter() - working,
         cpu_seconds=memory.cpu_seconds(),
         peak_bytes=memory.peak_bytes(),
         forecast=foreseen.as_json(),
@@ -227,44 +137,6 @@ def compress(
 def _average_bits(rows: Sequence[LayerRow]) -> float:
     stored = sum(row.stored_bits * row.rows * row.width for row in rows)
     return stored / sum(row.rows * row.width for row in rows)
-
-
-def _output_tensors(
-    source: Source, found: Structure, plan: Plan, format: Format
-) -> list[TensorInfo]:
-    by_tensor = {layer.tensor: layer for layer in found.layers.values()}
-    made: list[TensorInfo] = []
-    for info in source.tensors.values():
-        layer = by_tensor.get(info.name)
-        if layer is None or layer.expert is not None:
-            made.append(info)
-        else:
-            made += format.tensors(layer, plan.layers[layer.name], info)
-    return made
-
-
-def _forecast(prepared: Prepared, plan: Plan, size: int) -> Forecast:
-    calibration = prepared.calibration.tokens if prepared.calibration else 0
-    heldout = prepared.heldout.tokens if prepared.heldout else 0
-    return forecast(
-        prepared.source,
-        prepared.found,
-        plan,
-        size,
-        runs=prepared.heldout is not None or prepared.calibration is not None,
-        tokens=calibration + 2 * heldout,
-        proof=heldout,
-    )
-
-
-def _check_disk(out: Path, size: int) -> None:
-    place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise UserError(
-            f"{out} needs {size / 1e9:.3f} GB, but {place} has {free / 1e9:.3f} GB free.",
-            "Make room, or put -o on another disk.",
-        )
 
 
 def _identity(prepared: Prepared, plan: Plan) -> str:

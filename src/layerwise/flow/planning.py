@@ -18,6 +18,7 @@ from layerwise.core.structure import Layer, Structure
 from layerwise.flow.survey import Survey, for_layer, survey
 
 LEVELS = (2, 3, 4, 8)
+GROUPS = (128, 64, 32, 16)
 # Densities between 0 and 1: few for an allocator that goes by what each does to a layer, since
 # every one of them is tried; many for the others.
 COARSE, FINE = 10, 1000
@@ -32,7 +33,8 @@ class Wish:
         bits: Width of every layer; None when a budget decides, or nothing is quantized.
         budget: "3.5bits" stored per weight, "40%" of the files, or "1.2GiB" of them.
         levels: Widths that a budget may choose among.
-        group: Inputs that share a grid; 0 is the whole row.
+        group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
+            divides the width of every layer, or the row if none does.
         symmetric: No zero points.
         method: Quantizer.
         density: Fraction of weights kept.
@@ -48,7 +50,7 @@ class Wish:
     bits: int | None = None
     budget: str = ""
     levels: Sequence[int] = LEVELS
-    group: int = 128
+    group: int | None = None
     symmetric: bool = False
     method: str = "rtn"
     density: float = 1.0
@@ -64,7 +66,7 @@ class Wish:
         """The plan of a layer at a width."""
         return LayerPlan(
             bits,
-            self.group,
+            self.group or 0,
             self.symmetric,
             self.method,
             self.density,
@@ -72,6 +74,13 @@ class Wish:
             self.rank,
             self.compensator,
         )
+
+    def fitted(self, found: Structure) -> "Wish":
+        """The same with a group that fits a model, if none was asked for."""
+        if self.group is not None:
+            return self
+        widths = {layer.width for layer in found.layers.values()}
+        return replace(self, group=next((g for g in GROUPS if all(w % g == 0 for w in widths)), 0))
 
     def methods(self) -> list[catalogue.Method]:
         """Every method it names, so that a misspelt one is refused at once."""
@@ -137,6 +146,7 @@ def make_plan(
     Raises:
         UserError: The wish asks for nothing, or for less than the lowest levels take.
     """
+    wish = wish.fitted(found)
     allocator = wish.allocator()
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")

@@ -4,6 +4,7 @@ from layerwise.report.pages import page
 from layerwise.report.tables import (
     claims_table,
     comparison,
+    forecast_line,
     layer_table,
     methods_table,
     plan_table,
@@ -15,6 +16,7 @@ from layerwise.report.tables import (
 __all__ = [
     "claims_table",
     "comparison",
+    "forecast_line",
     "layer_table",
     "methods_table",
     "page",

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
+from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Comparison, Report
 from layerwise.core.plan import Plan
 from layerwise.core.structure import Structure
@@ -93,6 +94,14 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
     return Group(table, Text(f"{stored / count:.3f} bits stored per weight on average"))
 
 
+def forecast_line(foreseen: Forecast) -> Text:
+    """What carrying out a plan will take."""
+    return Text(
+        f"carrying it out: about {foreseen.seconds:.0f} s, {_mb(foreseen.peak_bytes)} MB of memory "
+        f"at most, weight files of {_mb(foreseen.size_bytes)} MB"
+    )
+
+
 def layer_table(report: Report) -> Table:
     """One row per layer of a finished run."""
     table = _table(
@@ -135,7 +144,7 @@ def summary(report: Report) -> Group:
         table.add_row("top-1 agreement", "", f"{seen.top1:.2%}" if seen.top1 is not None else "-")
     foreseen = report.forecast
     table.add_row(
-        "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.seconds:.1f}"
+        "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.work_seconds:.1f}"
     )
     table.add_row(
         "peak MB (forecast, measured)", _mb(foreseen["peak_bytes"]), _mb(report.peak_bytes)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import layerwise as lw
+from layerwise.core.checkpoint import WEIGHTS
 from layerwise.core.fold import fold
 from layerwise.core.structure import Layer
 
@@ -48,7 +49,7 @@ def with_outliers(model: str, folder: Path, factor: float) -> Path:
     for file in source.companions:
         shutil.copyfile(file, folder / file.name)
     stored = {name: value.to(source.tensors[name].dtype) for name, value in tensors.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
     return folder
 
 

@@ -1,0 +1,179 @@
+"""Before anything is written: the model opened, its texts read, and all that can fail, checked."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from layerwise import builtin, export
+from layerwise.core import catalogue
+from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
+from layerwise.core.errors import UserError
+from layerwise.core.forecast import Forecast, forecast
+from layerwise.core.format import Format
+from layerwise.core.plan import Plan, check_plan
+from layerwise.core.runner import Runner
+from layerwise.core.staging import Arrangement, arrange, partial_folder
+from layerwise.core.structure import Structure
+from layerwise.core.text import Text, Windows, windows
+
+Proving = Literal["auto", "logits", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a run reads, and how much of it.
+
+    Attributes:
+        calibration: Text that evidence is gathered on; None for the default of the model.
+        samples: Windows of it.
+        length: Tokens per window.
+        heldout: Text that the result is compared on; None for one that calibration did not use.
+        heldout_samples: Windows of it.
+    """
+
+    calibration: Text | None = None
+    samples: int = 64
+    length: int = 256
+    heldout: Text | None = None
+    heldout_samples: int = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, opened, with what its wish needs: nothing is written yet."""
+
+    source: Source
+    found: Structure
+    runner: Runner | None
+    calibration: Windows | None
+    heldout: Windows | None
+
+
+def prepare(
+    source: Source,
+    found: Structure,
+    methods: Sequence[catalogue.Method],
+    texts: Texts,
+    *,
+    proof: Proving = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Read the texts that the methods and the proof need, and make what runs the model.
+
+    Raises:
+        UserError: A text that a method needs is not there, or the model cannot run.
+    """
+    needy = [method.id for method in methods if method.needs == "calibration"]
+    text = texts.calibration
+    if text is None and source.label == str(builtin.model_path()):
+        text = "builtin"
+    if needy and text is None:
+        raise UserError(
+            f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
+            "Add --calibration TEXT (a text file, a JSON list of strings, a hub data set, or "
+            "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
+        )
+    if isinstance(source, ModuleSource):
+        inputs = text if isinstance(text, Tensor) else None
+        given = Windows(inputs, "tensor") if inputs is not None else None
+        runner = Runner(source, found, device=device) if given else None
+        return Prepared(source, found, runner, given if needy else None, given)
+    proving = proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
+    if not needy and not proving:
+        return Prepared(source, found, None, None, None)
+    runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
+    calibration = None
+    if needy and text is not None:
+        calibration = windows(source, text, samples=texts.samples, length=texts.length)
+    heldout = _heldout(source, text, texts, calibration) if proving else None
+    return Prepared(source, found, runner, calibration, heldout)
+
+
+def _readable(source: Source) -> bool:
+    """Whether text can become tokens of this model."""
+    named = any(file.name == "tokenizer.json" for file in source.companions)
+    return named or source.config.get("vocab_size") == 256
+
+
+def _heldout(
+    source: Source, text: Text | None, texts: Texts, calibration: Windows | None
+) -> Windows:
+    length = texts.length
+    if texts.heldout is not None:
+        return windows(
+            source, texts.heldout, samples=texts.heldout_samples, length=length, role="heldout"
+        )
+    if text is None or str(text) == "builtin" or calibration is None:
+        return windows(
+            source, "builtin", samples=texts.heldout_samples, length=length, role="heldout"
+        )
+    used = len(calibration.ids)
+    more = windows(source, text, samples=used + texts.heldout_samples, length=length)
+    if len(more.ids) == used:
+        raise UserError(
+            f"the calibration text {more.label} has no window left to compare the result on.",
+            "Give --text TEXT to compare on, fewer --samples, or --proof none.",
+        )
+    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
+
+
+def check(prepared: Prepared, plan: Plan) -> Arrangement:
+    """Refuse a plan that would fail later, and lay its output out.
+
+    Raises:
+        UserError: See `check_plan`, and the format's own `check`.
+    """
+    check_plan(plan, prepared.found)
+    format = export.get(plan.format)
+    format.check(plan, prepared.found)
+    return arrange(_output_tensors(prepared.source, prepared.found, plan, format))
+
+
+def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
+    """What carrying out a plan will take, if its output has this size in bytes."""
+    calibration = prepared.calibration.tokens if prepared.calibration else 0
+    heldout = prepared.heldout.tokens if prepared.heldout else 0
+    return forecast(
+        prepared.source,
+        prepared.found,
+        plan,
+        size,
+        runs=prepared.heldout is not None or prepared.calibration is not None,
+        tokens=calibration + 2 * heldout,
+        proof=heldout,
+    )
+
+
+def check_disk(out: Path, size: int) -> None:
+    """Refuse an output that its disk has no room for.
+
+    Raises:
+        UserError: There is less free than `size` bytes, what a stopped run holds counted as free.
+    """
+    place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).glob("*"))
+    free = shutil.disk_usage(place).free + held
+    if free < size:
+        raise UserError(
+            f"{out} needs {size / 1e9:.3f} GB, but {place} has {free / 1e9:.3f} GB free.",
+            "Make room, or put -o on another disk.",
+        )
+
+
+def _output_tensors(
+    source: Source, found: Structure, plan: Plan, format: Format
+) -> list[TensorInfo]:
+    by_tensor = {layer.tensor: layer for layer in found.layers.values()}
+    made: list[TensorInfo] = []
+    for info in source.tensors.values():
+        layer = by_tensor.get(info.name)
+        if layer is None or layer.expert is not None:
+            made.append(info)
+        else:
+            made += format.tensors(layer, plan.layers[layer.name], info)
+    return made
