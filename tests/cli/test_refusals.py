@@ -204,7 +204,7 @@ def test_an_unreadable_budget(refuses, llama, out, budget):
         (("--bits", "4", "--group", "-1"), "group -1"),
         (("--budget", "3bits", "--levels", "two"), "--levels two"),
         (("--bits", "4", "--budget", "3bits"), "--budget"),
-        (("--bits", "4", "--format", "zip"), "--format"),
+        (("--bits", "4", "--format", "zip"), "unknown format"),
         (
             ("--bits", "4", "--samples", "0", "--proof", "logits", "--text-samples", "0"),
             "0 windows",

@@ -164,7 +164,6 @@ def test_layers_that_servers_fuse_need_one_grid(found):
     ("plan", "says"),
     [
         (Plan({}, options={"quantize/rtn": {"speed": 3}}), "has no option"),
-        (Plan({}, format="zip"), "unknown format"),
         (Plan({}), "changes no layer"),
     ],
 )

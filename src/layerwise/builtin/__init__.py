@@ -6,6 +6,8 @@ Both were made by `scripts/train_builtin.py`; `README.md` beside this file says 
 from pathlib import Path
 from typing import Literal
 
+NAME = "builtin:tiny"
+
 _HERE = Path(__file__).resolve().parent
 
 

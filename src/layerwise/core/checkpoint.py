@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -88,18 +89,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Safetensors files on disk.  Made by `open_checkpoint`, which checks them."""
+    """Safetensors files on disk, called as the user did.  `open_checkpoint` makes and checks it."""
 
+    label: str
     path: Path
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Path]
     config: Mapping[str, Any]
     companions: tuple[Path, ...]
-
-    @property
-    def label(self) -> str:
-        """The path."""
-        return str(self.path)
 
     @property
     def folder(self) -> Path:
@@ -206,15 +203,22 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         _check_index(path, files)
     config = _config(folder / "config.json") if folder else {}
     companions = _companions(folder) if folder else ()
-    return Checkpoint(path, MappingProxyType(tensors), MappingProxyType(files), config, companions)
+    return Checkpoint(
+        str(model),
+        path,
+        MappingProxyType(tensors),
+        MappingProxyType(files),
+        config,
+        companions,
+    )
 
 
 def _locate(model: str) -> Path:
     if model.startswith("builtin:"):
         from layerwise import builtin
 
-        if model != "builtin:tiny":
-            raise UserError(f"there is no model {model}.", "The built-in model is builtin:tiny.")
+        if model != builtin.NAME:
+            raise UserError(f"there is no model {model}.", f"The built-in model is {builtin.NAME}.")
         return builtin.model_path()
     path = Path(model).expanduser()
     if path.exists():
@@ -228,17 +232,11 @@ def _locate(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"{model} is not a local path, and the hub client is not installed.",
-            "pip install 'layerwise[transformers]' to load from the hub.",
-        ) from None
+    hub = need("huggingface_hub", f"{model} is not a local path, and loading from the hub")
     try:
         # Weights as safetensors, descriptions as text: no code, no pickles.
         kept = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(model, allow_patterns=kept))
+        return Path(hub.snapshot_download(model, allow_patterns=kept))
     except Exception as error:
         raise UserError(
             f"{model} is not a local path, and the hub could not supply it: {error}",

@@ -1,6 +1,6 @@
 """What a format must say: the tensors a layer becomes, and what a loader will make of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,11 @@ from layerwise.core.structure import Layer, Structure
 
 class Format(Protocol):
     """A way to store transformed layers."""
+
+    @property
+    def packages(self) -> Sequence[str]:
+        """What transformers needs to load it back, by import name."""
+        ...
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse a plan that this format cannot hold.

@@ -13,8 +13,6 @@ from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
 
-FORMATS = ("dense", "compressed-tensors")
-
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -238,11 +236,9 @@ def check_plan(plan: Plan, found: Structure) -> None:
     """Refuse now what would go wrong later.
 
     Raises:
-        UserError: A number out of range, an unknown method or option, fused layers with
-            different grids, or something the format cannot hold.
+        UserError: A number out of range, an unknown method or option, or fused layers with
+            different grids.
     """
-    if plan.format not in FORMATS:
-        raise UserError(f"unknown format {plan.format!r}.", f"Formats: {', '.join(FORMATS)}.")
     for id, options in plan.options.items():
         method = catalogue.get(id)
         if unknown := options.keys() - method.options.keys():

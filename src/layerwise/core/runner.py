@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import Collector
+from layerwise.core.extras import need
 from layerwise.core.structure import Structure, block_of
 
 MICRO_BATCH_TOKENS = 8192
@@ -323,13 +324,7 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
             "Give the model's directory, or use methods that read weights alone "
             "(`layerwise methods --needs nothing`) with --proof none.",
         )
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "running the model needs the transformers package.",
-            "pip install 'layerwise[transformers]'.",
-        ) from None
+    transformers = need("transformers", f"running {source.label}")
     architectures = source.config.get("architectures") or [""]
     known = getattr(transformers, architectures[0], None)
     folder = next(f.parent for f in source.companions if f.name == "config.json")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
 
 Text = str | Path | Sequence[str] | Tensor
 
@@ -106,15 +107,9 @@ def _hub_documents(name: str) -> Sequence[str]:
     )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise missing
+    hub = need("datasets", f"{name} is not a file, and reading a hub data set")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
-    except ImportError:
-        raise UserError(
-            f"{name} is not a file, and the client for hub data sets is not installed.",
-            "pip install 'layerwise[datasets]', or give a text file.",
-        ) from None
-    try:
-        rows = load_dataset(name, split="train")
+        rows = hub.load_dataset(name, split="train")
         column = "text" if "text" in rows.column_names else rows.column_names[0]
         return [str(document) for document in rows[column]]
     except Exception as error:
@@ -131,13 +126,9 @@ def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
             f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
             "Copy the tokenizer into the model's directory, or pass token ids from Python.",
         )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError(
-            "reading text needs the tokenizers package.", "pip install 'layerwise[transformers]'."
-        ) from None
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = need("tokenizers", "reading text").Tokenizer.from_file(
+        str(folder / "tokenizer.json")
+    )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch(list(documents))

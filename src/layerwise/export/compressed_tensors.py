@@ -27,6 +27,8 @@ _WIDEST = 8
 class CompressedTensors:
     """Integer codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
+    packages = ("compressed_tensors",)
+
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for."""
         for name, layer_plan in plan.layers.items():

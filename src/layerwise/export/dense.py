@@ -16,6 +16,8 @@ from layerwise.core.structure import Layer, Structure
 class Dense:
     """The weights a transform left, as ordinary tensors.  The files do not get smaller."""
 
+    packages = ()
+
     def check(self, plan: Plan, found: Structure) -> None:
         """Hold any plan."""
 

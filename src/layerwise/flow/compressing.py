@@ -84,11 +84,13 @@ def compress(
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
+    format = export.get(ready.format if ready else wish.format)
     prepared = prepare(
         source,
         found,
         methods,
         texts,
+        format=format,
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -102,7 +104,6 @@ def compress(
     check_disk(target, arrangement.size)
     foreseen = foresee(prepared, ready, arrangement.size)
     working = time.perf_counter()
-    format = export.get(ready.format)
     staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
     try:
         rows, comparison, answered = _transform(prepared, ready, format, staging, progress)

@@ -1,6 +1,5 @@
 """How good a model still is: against its text, and against the model it was made from."""
 
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from layerwise import export
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
+from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison
 
 
@@ -66,17 +68,11 @@ def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
     Raises:
         UserError: A package it needs is missing.
     """
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise UserError(
-            "loading the model needs the transformers package.",
-            "pip install 'layerwise[transformers]'.",
-        ) from None
-    if config.get("quantization_config"):
-        _require_compressed_tensors()
-    logging.disable_progress_bar()
+    transformers = need("transformers", "loading a model")
+    stored = (config.get("quantization_config") or {}).get("quant_method", "")
+    if stored in export.FORMATS:
+        need_packages(export.get(stored), f"reading {folder}")
+    transformers.utils.logging.disable_progress_bar()
     architecture = (config.get("architectures") or [""])[0]
     loader: Any = getattr(transformers, architecture, None)
     if loader is None and not trust_remote_code:
@@ -93,6 +89,16 @@ def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
     return model.eval()
 
 
+def need_packages(format: Format, purpose: str) -> None:
+    """Import what transformers needs to load a format.
+
+    Raises:
+        UserError: Some of it is not installed.
+    """
+    for package in format.packages:
+        need(package, purpose)
+
+
 def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
     """Logits of a loaded model, batch after batch."""
     for part in ids.split(batch):
@@ -100,11 +106,3 @@ def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
             found = model(part).logits
         # Yielded outside: a generator left half-way must not hold the caller's grad mode.
         yield found
-
-
-def _require_compressed_tensors() -> None:
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise UserError(
-            "reading this checkpoint needs the compressed-tensors package.",
-            "pip install 'layerwise[compressed-tensors]'.",
-        )

@@ -19,6 +19,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, arrange, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
+from layerwise.flow.evaluating import need_packages
 
 Proving = Literal["auto", "logits", "none"]
 
@@ -59,6 +60,7 @@ def prepare(
     methods: Sequence[catalogue.Method],
     texts: Texts,
     *,
+    format: Format | None = None,
     proof: Proving = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -66,11 +68,12 @@ def prepare(
     """Read the texts that the methods and the proof need, and make what runs the model.
 
     Raises:
-        UserError: A text that a method needs is not there, or the model cannot run.
+        UserError: A text that a method needs is not there, the model cannot run, or what loads
+            `format` back for the proof is not installed.
     """
     needy = [method.id for method in methods if method.needs == "calibration"]
     text = texts.calibration
-    if text is None and source.label == str(builtin.model_path()):
+    if text is None and source.label == builtin.NAME:
         text = "builtin"
     if needy and text is None:
         raise UserError(
@@ -83,7 +86,9 @@ def prepare(
         given = Windows(inputs, "tensor") if inputs is not None else None
         runner = Runner(source, found, device=device) if given else None
         return Prepared(source, found, runner, given if needy else None, given)
-    proving = proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
+    proving = _proving(source, proof)
+    if proving and format is not None:
+        need_packages(format, "the proof (or give --proof none)")
     if not needy and not proving:
         return Prepared(source, found, None, None, None)
     runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
@@ -92,6 +97,10 @@ def prepare(
         calibration = windows(source, text, samples=texts.samples, length=texts.length)
     heldout = _heldout(source, text, texts, calibration) if proving else None
     return Prepared(source, found, runner, calibration, heldout)
+
+
+def _proving(source: Source, proof: Proving) -> bool:
+    return proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
 
 
 def _readable(source: Source) -> bool:
