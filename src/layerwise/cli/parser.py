@@ -185,11 +185,11 @@ def _claims(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("method", nargs="?", metavar="VERB/NAME")
 
 
-def _grid(parser: argparse.ArgumentParser) -> None:
+def _grid(parser: Any) -> None:
     parser.add_argument(
         "--group",
         type=int,
-        help="inputs that share a scale; 0: a row (128, or the most that divides every width)",
+        help="inputs that share a scale; 0: a row (the largest up to 128 that fits all layers)",
     )
     parser.add_argument("--symmetric", action="store_true", help="store no zero points")
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
@@ -206,7 +206,7 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a width for each layer",
     )
     how.add_argument("--levels", default="2,3,4,8", help="widths a budget chooses from (2,3,4,8)")
-    _grid(parser)
+    _grid(how)
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
