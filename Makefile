@@ -18,9 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: env
 	rm -rf demo
-	$(BIN)/layerwise inspect builtin:tiny
-	$(BIN)/layerwise compress builtin:tiny -o demo --budget 3.5bits --method gptq --group 32 \
-	  --symmetric --format compressed-tensors
+	$(BIN)/layerwise inspect builtin:tiny --measure lim,zd,error
+	$(BIN)/layerwise compress builtin:tiny -o demo --budget 3.5bits --method gptq --symmetric \
+	  --format compressed-tensors
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 import layerwise as lw
 from layerwise import report
 from layerwise.cli.parser import WISHES, named_methods, option_flags
-from layerwise.cli.screen import Bars, console
+from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.plan import to_yaml
@@ -175,7 +174,7 @@ def methods(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             ]
         )
         return 0
-    _out().print(report.methods_table(found))
+    answer().print(report.methods_table(found))
     return 0
 
 
@@ -195,7 +194,7 @@ def check(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
     found = verdicts(catalogue.get(chosen.method))
     for name, verdict in found.items():
-        (console() if chosen.json else _out()).print(f"{name:40}{verdict}", markup=False)
+        (console() if chosen.json else answer()).print(f"{name:40}{verdict}", markup=False)
     if chosen.json:
         _print_json(found)
     return int(any(verdict.startswith(BROKEN) for verdict in found.values()))
@@ -331,12 +330,6 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
     for needed in ("model", "out") if command == "compress" else ("model",):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
-
-
-def _out() -> Any:
-    from rich.console import Console
-
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 def _print_json(content: Any) -> None:

@@ -1,7 +1,6 @@
 """Read a command line, do it, and turn what went wrong into a message and a status."""
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when it is done, 2 when the user made a mistake, 1 when we did.
     """
-    # Loaders of models draw bars of their own, terminal or not.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     try:

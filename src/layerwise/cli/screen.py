@@ -17,9 +17,19 @@ from rich.progress import (
 @functools.cache
 def console() -> Console:
     """Where people read."""
-    found = Console(stderr=True, highlight=False)
-    # Without a terminal rich assumes 80 columns, which folds the names of layers.
-    return found if found.is_terminal else Console(stderr=True, highlight=False, width=160)
+    return _wide(stderr=True)
+
+
+@functools.cache
+def answer() -> Console:
+    """Where what was asked for is printed, when it is not a JSON document."""
+    return _wide(stderr=False)
+
+
+def _wide(*, stderr: bool) -> Console:
+    found = Console(stderr=stderr, highlight=False)
+    # Without a terminal rich assumes 80 columns, which cuts the names of layers.
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=200)
 
 
 class Bars:

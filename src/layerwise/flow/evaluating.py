@@ -1,5 +1,7 @@
 """How good a model still is: against its text, and against the model it was made from."""
 
+import contextlib
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -83,9 +85,10 @@ def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = F
         )
     causal = loader is None or architecture.endswith(("ForCausalLM", "LMHeadModel"))
     loader = transformers.AutoModelForCausalLM if causal else loader
-    model = loader.from_pretrained(
-        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
+    with _without_bars():
+        model = loader.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     return model.eval()
 
 
@@ -102,7 +105,12 @@ def need_packages(format: Format, purpose: str) -> None:
 def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
     """Logits of a loaded model, batch after batch."""
     for part in ids.split(batch):
-        with torch.no_grad():
+        with torch.no_grad(), _without_bars():
             found = model(part).logits
         # Yielded outside: a generator left half-way must not hold the caller's grad mode.
         yield found
+
+
+def _without_bars() -> contextlib.AbstractContextManager[object]:
+    """What loads and unpacks compressed layers draws bars of its own, terminal or not."""
+    return contextlib.redirect_stderr(io.StringIO())

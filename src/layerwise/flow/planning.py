@@ -287,12 +287,9 @@ def _explained(
     elif looked.errors:
         errors = looked.errors[layer.name]
         score = errors[0]
-        why = f"loses {errors[level]:.2%} at {label}"
-        if level:
-            why += f", {errors[level - 1]:.2%} at {market.labels[level - 1]}"
-        if level + 1 < len(errors):
-            saved = errors[level] - errors[level + 1]
-            why += f"; {market.labels[level + 1]} would save {saved:.2%}"
+        beside = [n for n in (level - 1, level + 1) if 0 <= n < len(errors)]
+        others = ", ".join(f"{errors[n]:.2%} at {market.labels[n]}" for n in beside)
+        why = f"loses {errors[level]:.2%} at {label} ({others})"
     else:
         why = f"{allocator.name} gives it {label}"
     shown = None if score is None else float(f"{score:.4g}")

@@ -32,7 +32,7 @@ def structure_table(
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
         shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        alone.add_row(shown, _mb(sum(source.tensors[n].size for n in names)), reason)
+        alone.add_row(shown, _mb(sum(source.tensors[n].size for n in names)), _reason(reason))
     total = sum(info.size for info in source.tensors.values())
     planned = sum(layer.count for layer in found.layers.values())
     blocks = len([block for block in found.blocks if block])
@@ -89,7 +89,7 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
             method,
             f"{layer_plan.density:.2f}",
             _dash(layer_plan.rank or None),
-            layer_plan.why,
+            _reason(layer_plan.why),
         )
     return Group(table, Text(f"{stored / count:.3f} bits stored per weight on average"))
 
@@ -128,7 +128,7 @@ def layer_table(report: Report) -> Table:
             f"{row.error:.3%}",
             "-" if row.score is None else f"{row.score:.3g}",
             row.method,
-            why,
+            _reason(why),
         )
     return table
 
@@ -212,8 +212,15 @@ def claims_table(verdicts: Sequence["Verdict"]) -> Table:
 def _table(*columns: tuple[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")
+        # On a narrow terminal words give way: figures and names are of no use when cut.
+        words = name == columns[-1][0] and justify == "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not words)
     return table
+
+
+def _reason(text: str) -> Text:
+    """Cut where the terminal ends; plans and reports hold it whole."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _by_reason(found: Structure) -> dict[str, list[str]]:
