@@ -2,7 +2,8 @@
 
 Codes are packed densely, least significant bit first, into int32 words along the inputs; zero
 points along the outputs.  https://github.com/vllm-project/compressed-tensors (0.20) is what the
-tests read it back with.
+tests read it back with; before 0.18 it packed widths that do not divide 32, such as 3, with whole
+codes to a word, and so cannot read these files.
 """
 
 from collections.abc import Mapping
