@@ -59,7 +59,8 @@ class Collector:
         count = max(self.tokens, 1)
         made: dict[str, Any] = {}
         if self._gram is not None:
-            made["gram"] = self._gram / count
+            # Methods compute where the weights are read to: only blocks run on another device.
+            made["gram"] = self._gram.cpu() / count
         if "magnitude" in self.words:
             made["magnitude"] = (self._magnitude / count).float()
         if "inputs" in self.words:

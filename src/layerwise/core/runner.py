@@ -127,6 +127,9 @@ class Runner:
         self.source = source
         self.device = torch.device(device)
         self.model = _skeleton(source, trust_remote_code)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
         self._names = _module_names(self.model, source)
         self._places = _places(self._names, found)
         if absent := [block for block in found.blocks if block and block not in self._names.blocks]:
