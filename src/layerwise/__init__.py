@@ -4,16 +4,16 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `evaluate`; and
-`forecast`, which says what carrying out a plan takes.
+`forecast`, which says what carrying out a plan takes, and `load`, for a model of any format.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, measure, open, plan
+    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan
     from layerwise.core.errors import UserError
 
-__all__ = ["UserError", "compress", "evaluate", "forecast", "measure", "open", "plan"]
+__all__ = ["UserError", "compress", "evaluate", "forecast", "load", "measure", "open", "plan"]
 __version__ = "0.1.0"
 
 

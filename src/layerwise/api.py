@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerwise.core import catalogue
@@ -18,7 +19,8 @@ from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, windows
 from layerwise.flow import preparing
 from layerwise.flow.compressing import compress as _compress
-from layerwise.flow.evaluating import answers, compare, load
+from layerwise.flow.evaluating import answers, compare
+from layerwise.flow.evaluating import load as _load
 from layerwise.flow.planning import Wish, make_plan
 from layerwise.flow.preparing import Prepared, Proving, Texts
 from layerwise.flow.survey import Survey, survey
@@ -258,6 +260,25 @@ def compress(
     )
 
 
+def load(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Any:
+    """Load a model into transformers, whatever format layerwise wrote it in.
+
+    Args:
+        model: Path, hub id or `builtin:tiny`.
+        dtype: What it is to compute in.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Returns:
+        A transformers model in evaluation mode, its weights in full.
+
+    Raises:
+        UserError: It is not there, or a package it needs is missing.
+    """
+    return _load(open_checkpoint(model), dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -292,9 +313,7 @@ def evaluate(
             "Give the model that it was made from.",
         )
     models = [
-        load(one.folder, one.config, trust_remote_code=trust_remote_code)
-        for one in (source, base)
-        if one is not None
+        _load(one, trust_remote_code=trust_remote_code) for one in (source, base) if one is not None
     ]
     streams = [answers(one, chosen.ids) for one in models]
     return compare(chosen.ids, streams[0], streams[1] if base else None, chosen.label)

@@ -9,7 +9,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 import layerwise as lw
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import structure
-from layerwise.export.compressed_tensors import CompressedTensors, pack
+from layerwise.export._packing import pack, unpack
+from layerwise.export.compressed_tensors import CompressedTensors
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -26,6 +27,7 @@ def test_packs_as_the_package_does(bits, width):
     signed = (ours.int() - 2 ** (bits - 1)).to(torch.int8)
     assert pack(ours, bits).equal(pack_to_int32(signed, bits))
     assert unpack_from_int32(pack(ours, bits), bits, torch.Size((5, width))).equal(signed)
+    assert unpack(pack(ours, bits), bits, width).equal(ours.int())
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -219,7 +219,10 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     )
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
-        "--format", default="dense", metavar="NAME", help="dense or compressed-tensors (dense)"
+        "--format",
+        default="dense",
+        metavar="NAME",
+        help="dense, compressed-tensors or layerwise (dense)",
     )
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)

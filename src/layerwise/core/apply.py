@@ -23,6 +23,7 @@ class Transformed:
         layer: The layer.
         plan: What was asked for.
         weight: What now multiplies the layer's input, before any fold; float32.
+        base: The same without the correction.
         quantized: Its codes, if it was quantized; pruned entries stand for 0.0.
         kept: Its mask, if it was pruned.
         low_rank: Its correction, included in `weight`.
@@ -34,6 +35,7 @@ class Transformed:
     layer: Layer
     plan: LayerPlan
     weight: Float[Tensor, "out in"]
+    base: Float[Tensor, "out in"]
     quantized: Quantized | None
     kept: Bool[Tensor, "out in"] | None
     low_rank: LowRank | None
@@ -108,6 +110,7 @@ def transform(
 @dataclass
 class _Part:
     weight: Tensor
+    base: Tensor | None = None
     kept: Tensor | None = None
     quantized: Quantized | None = None
     low_rank: LowRank | None = None
@@ -137,7 +140,7 @@ def _run_steps(
                 part.quantized = result if kept is None else result.masked(kept)
                 part.weight = part.quantized.dequantize()
             else:
-                part.low_rank = result
+                part.low_rank, part.base = result, part.weight
                 part.weight = part.weight + result.product()
     return parts
 
@@ -178,7 +181,16 @@ def _finished(
     gram = evidence.get("gram")
     lost, energy = _energy(weight - part.weight, gram), _energy(weight, gram)
     return Transformed(
-        layer, plan, part.weight, part.quantized, part.kept, part.low_rank, lost, energy, part.notes
+        layer=layer,
+        plan=plan,
+        weight=part.weight,
+        base=part.weight if part.base is None else part.base,
+        quantized=part.quantized,
+        kept=part.kept,
+        low_rank=part.low_rank,
+        lost=lost,
+        energy=energy,
+        notes=part.notes,
     )
 
 

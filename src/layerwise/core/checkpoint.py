@@ -30,12 +30,14 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BOOL": torch.bool,
     }
 )
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
+STEM = "model"
+WEIGHTS = f"{STEM}.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = f"{STEM}{INDEX_SUFFIX}"
 # Weights first: training leaves other pickles beside them.
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What a model directory holds beside its weights, and what must not be taken along.
-_LEFT_BEHIND = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LEFT_BEHIND = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OURS = frozenset({"report.json", "recipe.yaml", "plan.yaml"})
 
 
@@ -274,8 +276,7 @@ def _config(file: Path) -> Mapping[str, Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.exists():
+    if index := _index(folder):
         names = sorted(set(_weight_map(index).values()))
         for name in names:
             if not (folder / name).exists():
@@ -295,6 +296,12 @@ def _shards(folder: Path) -> list[Path]:
     )
 
 
+def _index(folder: Path) -> Path | None:
+    """The file that says which shard holds a tensor; the usual one, where there are several."""
+    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"), key=lambda file: (file.name != INDEX, file))
+    return found[0] if found else None
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
@@ -303,8 +310,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
-    index = folder / INDEX
-    if not index.exists():
+    index = _index(folder)
+    if index is None:
         return
     for tensor, shard in _weight_map(index).items():
         if files.get(tensor) != folder / shard:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 
@@ -19,6 +19,11 @@ class Format(Protocol):
     @property
     def packages(self) -> Sequence[str]:
         """What transformers needs to load it back, by import name."""
+        ...
+
+    @property
+    def stem(self) -> str:
+        """How the names of its weight files begin."""
         ...
 
     def check(self, plan: Plan, found: Structure) -> None:
@@ -45,6 +50,16 @@ class Format(Protocol):
         """The matrix a loader will hold, in float32; `dtype` is the checkpoint's."""
         ...
 
-    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
-        """What to add to the model's `config.json`."""
+    def whole(self, plan: LayerPlan) -> bool:
+        """Whether a layer under this plan must be encoded in one piece."""
+        ...
+
+    def config(
+        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
+    ) -> Mapping[str, Any]:
+        """What to add to the model's `config.json`; `tensors` are the checkpoint's."""
+        ...
+
+    def read(self, source: Checkpoint) -> Mapping[str, Tensor] | None:
+        """The model's own tensors from files of this format; None if transformers reads them."""
         ...

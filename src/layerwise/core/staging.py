@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerwise.core.checkpoint import DTYPES, INDEX, WEIGHTS, TensorInfo
+from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
 
 _JOURNAL = "journal.jsonl"
@@ -46,6 +46,7 @@ class Slot:
 class Arrangement:
     """Every output tensor's place, and every file's header and length."""
 
+    stem: str
     slots: Mapping[str, Slot]
     headers: Mapping[str, bytes]
     lengths: Mapping[str, int]
@@ -55,16 +56,19 @@ class Arrangement:
         """Bytes of all files together."""
         return sum(self.lengths.values())
 
-    def index(self) -> bytes | None:
-        """The index that says which shard holds a tensor; None for a single file."""
+    def index(self) -> dict[str, bytes]:
+        """The file that says which shard holds a tensor, by its name; none for a single shard."""
         if len(self.headers) == 1:
-            return None
+            return {}
         total = sum(slot.info.size for slot in self.slots.values())
         files = {name: slot.file for name, slot in sorted(self.slots.items())}
-        return _json({"metadata": {"total_size": total}, "weight_map": files})
+        content = _json({"metadata": {"total_size": total}, "weight_map": files})
+        return {f"{self.stem}{INDEX_SUFFIX}": content}
 
 
-def arrange(tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES) -> Arrangement:
+def arrange(
+    tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES, stem: str = STEM
+) -> Arrangement:
     """Lay tensors out in safetensors files of at most `shard_bytes`, or one tensor if larger."""
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
@@ -78,13 +82,14 @@ def arrange(tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES) -> Ar
     headers: dict[str, bytes] = {}
     lengths: dict[str, int] = {}
     for number, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        file = f"{stem}{part}.safetensors"
         # Widest entries first keeps every tensor aligned to its own width.
         ordered = sorted(shard, key=lambda info: -info.dtype.itemsize)
         header, starts, end = _header(ordered)
         headers[file], lengths[file] = header, end
         slots |= {info.name: Slot(file, starts[info.name], info) for info in ordered}
-    return Arrangement(slots, headers, lengths)
+    return Arrangement(stem, slots, headers, lengths)
 
 
 def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
@@ -165,10 +170,9 @@ class Staging:
 
     def add(self, files: Mapping[str, bytes | Path]) -> None:
         """Put the small files beside the shards, the shards' index with them."""
-        index = self.arrangement.index()
         with _room(self.out, self.arrangement.size):
             self._flush()
-            for name, content in ({**files, INDEX: index} if index else files).items():
+            for name, content in {**files, **self.arrangement.index()}.items():
                 target = self.folder / name
                 if isinstance(content, bytes):
                     target.write_bytes(content)

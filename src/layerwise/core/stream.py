@@ -116,7 +116,7 @@ def _transform_tensor(
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        for weight in matrix.split(_rows_at_once(layer, layer_plan)):
+        for weight in matrix.split(_rows_at_once(layer, layer_plan, format)):
             wide = weight.to(torch.float32, copy=True)
             done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
             slices.append(format.encode(done, info))
@@ -151,9 +151,9 @@ def write_layer(
         staging.write(name, tensor)
 
 
-def _rows_at_once(layer: Layer, plan: LayerPlan) -> int:
-    """Rows of a slice; all of them where a method needs them together."""
+def _rows_at_once(layer: Layer, plan: LayerPlan, format: Format) -> int:
+    """Rows of a slice; all of them where a method or the format needs them together."""
     apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
-    if not apart or layer.layout == "conv1d":
+    if not apart or layer.layout == "conv1d" or format.whole(plan):
         return layer.rows
     return max(ROW_STEP, SLICE_ENTRIES // layer.width // ROW_STEP * ROW_STEP)

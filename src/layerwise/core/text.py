@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from layerwise.core.checkpoint import Source
@@ -22,11 +22,11 @@ class Windows:
     """Windows of equal length cut one after the other from a text.
 
     Attributes:
-        ids: Token ids.
+        ids: Token ids, (windows, length); for a module in memory, whatever it takes a batch of.
         label: Where they came from, for reports.
     """
 
-    ids: Int[Tensor, "windows length"]
+    ids: Shaped[Tensor, "windows ..."]
     label: str
 
     @property

@@ -6,10 +6,12 @@ from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
+from layerwise.export.layerwise import Layerwise
 
 FORMATS: Mapping[str, Callable[[], Format]] = {
     "dense": Dense,
     "compressed-tensors": CompressedTensors,
+    "layerwise": Layerwise,
 }
 
 

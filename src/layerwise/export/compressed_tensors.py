@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.checkpoint import STEM, Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE
 from layerwise.core.structure import Layer, Structure
+from layerwise.export._packing import pack, words
 
-_WORD = 32  # bits of a packed word
 _WIDEST = 8
 
 
@@ -29,6 +28,7 @@ class CompressedTensors:
     """Integer codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     packages = ("compressed_tensors",)
+    stem = STEM
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for."""
@@ -48,14 +48,14 @@ class CompressedTensors:
             TensorInfo(
                 f"{layer.name}.weight_packed",
                 torch.int32,
-                (layer.rows, -(-layer.width * plan.bits // _WORD)),
+                (layer.rows, words(layer.width, plan.bits)),
             ),
             TensorInfo(f"{layer.name}.weight_scale", SCALE_DTYPE, (layer.rows, groups)),
             TensorInfo(f"{layer.name}.weight_shape", torch.int64, (2,)),
         ]
         if not plan.symmetric:
-            words = -(-layer.rows * plan.bits // _WORD)
-            made.append(TensorInfo(f"{layer.name}.weight_zero_point", torch.int32, (words, groups)))
+            shape = (words(layer.rows, plan.bits), groups)
+            made.append(TensorInfo(f"{layer.name}.weight_zero_point", torch.int32, shape))
         return made
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
@@ -84,7 +84,16 @@ class CompressedTensors:
             return done.weight.to(dtype).float()
         return done.quantized.grid_values()
 
-    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
+    def whole(self, plan: LayerPlan) -> bool:
+        """Never: any rows can be encoded by themselves."""
+        return False
+
+    def read(self, source: Checkpoint) -> None:
+        """Nothing: transformers reads it."""
+
+    def config(
+        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
+    ) -> Mapping[str, Any]:
         """`quantization_config`: one group of layers per grid, and what is ignored."""
         grids: dict[tuple[int, int, bool], list[str]] = {}
         ignored = [_module(name) for name in found.left if _is_matrix_name(name)]
@@ -108,34 +117,6 @@ class CompressedTensors:
                 "global_compression_ratio": None,
             }
         }
-
-
-def pack(codes: Integer[Tensor, "rows width"], bits: int) -> Integer[Tensor, "rows words"]:
-    """Pack `bits`-wide codes into int32 words, the first code in the lowest bits.
-
-    Args:
-        codes: Entries in [0, 2^bits).
-        bits: From 1 to 8.
-    """
-    rows, width = codes.shape
-    words = -(-width * bits // _WORD)
-    padded = functional.pad(codes, (0, -width % _WORD))
-    if 8 % bits == 0:
-        per_byte = 8 // bits
-        lanes = padded.to(torch.uint8).reshape(rows, -1, per_byte)
-        packed = lanes[..., 0].clone()
-        for lane in range(1, per_byte):
-            packed |= lanes[..., lane] << (bits * lane)
-        return packed.contiguous().view(torch.int32)[:, :words].contiguous()
-    lanes = padded.long().reshape(rows, -1, _WORD)  # 32 codes fill `bits` words
-    packed = torch.zeros(*lanes.shape[:2], bits + 1, dtype=torch.long)
-    for lane in range(_WORD):
-        word, shift = divmod(lane * bits, _WORD)
-        packed[..., word] |= lanes[..., lane] << shift
-        packed[..., word + 1] |= lanes[..., lane] >> (_WORD - shift) if shift else 0
-    # The low 32 bits of each word, as the signed integer that has them.
-    flat = packed[..., :bits].reshape(rows, -1)[:, :words] & 0xFFFFFFFF
-    return flat.where(flat < 2**31, flat - 2**32).int()
 
 
 def _problem(layer: Layer, plan: LayerPlan) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.checkpoint import STEM, Checkpoint, TensorInfo
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 
@@ -17,6 +17,7 @@ class Dense:
     """The weights a transform left, as ordinary tensors.  The files do not get smaller."""
 
     packages = ()
+    stem = STEM
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Hold any plan."""
@@ -37,7 +38,16 @@ class Dense:
         """What is left after rounding."""
         return _stored(done).to(dtype).float()
 
-    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
+    def whole(self, plan: LayerPlan) -> bool:
+        """Never: any rows can be encoded by themselves."""
+        return False
+
+    def read(self, source: Checkpoint) -> None:
+        """Nothing: transformers reads it."""
+
+    def config(
+        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
+    ) -> Mapping[str, Any]:
         """Nothing to add."""
         return {}
 

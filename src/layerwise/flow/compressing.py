@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from layerwise import export
 from layerwise.core import memory
-from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_source
+from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
@@ -111,7 +110,7 @@ def compress(
         staging.discard()
         raise
     staging.add(_small_files(prepared, ready, format, recipe or {}))
-    proved = _prove(prepared, staging.folder, answered, progress, trust_remote_code)
+    proved = _prove(prepared, format, staging.folder, answered, progress, trust_remote_code)
     report = Report(
         model=source.label,
         out=str(target),
@@ -202,8 +201,8 @@ def _small_files(
 ) -> dict[str, bytes | Path]:
     source = prepared.source
     files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
-    added = format.config(plan, prepared.found)
-    if source.config and added:
+    added = format.config(plan, prepared.found, source.tensors)
+    if added:
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files["plan.yaml"] = to_yaml(plan, source.label, prepared.found).encode()
@@ -214,6 +213,7 @@ def _small_files(
 
 def _prove(
     prepared: Prepared,
+    format: Format,
     folder: Path,
     expected: Tensor | None,
     progress: Progress,
@@ -228,17 +228,14 @@ def _prove(
         return None
     progress.stage("load back", 1)
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
-    source = prepared.source
+    source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
-        tensors = {
-            k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()
-        }
+        tensors = format.read(written) or {name: written.read(name) for name in written.tensors}
         with torch.no_grad():
-            found = functional_call(source.module, tensors, (ids,))
+            found = functional_call(source.module, dict(tensors), (ids,))
         loader = "safetensors"
     else:
-        config = json.loads((folder / "config.json").read_text())
-        model = load(folder, config, trust_remote_code=trust_remote_code)
+        model = load(written, trust_remote_code=trust_remote_code)
         found = torch.cat(list(answers(model, ids)))
         loader = f"transformers {type(model).__name__}"
     progress.step("load back")

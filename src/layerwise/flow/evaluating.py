@@ -4,14 +4,14 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from layerwise import export
+from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
@@ -59,37 +59,52 @@ def _cross_entropy(scored: Tensor, ids: Tensor) -> Tensor:
     return -scored.gather(2, ids[:, 1:, None]).sum(dtype=torch.float64)
 
 
-def load(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Load a model directory as its users will, with transformers, to compute in float32.
+def load(
+    source: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Any:
+    """Load a model directory as its users will, with transformers.
 
     Args:
-        folder: The directory.
-        config: Its `config.json`.
+        source: The directory, opened.
+        dtype: What it is to compute in.
         trust_remote_code: Let it bring its own Python.
 
     Raises:
-        UserError: A package it needs is missing.
+        UserError: It is no such directory, or a package it needs is missing.
     """
+    folder = str(source.folder)
     transformers = need("transformers", "loading a model")
-    stored = (config.get("quantization_config") or {}).get("quant_method", "")
-    if stored in export.FORMATS:
-        need_packages(export.get(stored), f"reading {folder}")
+    format = _format(source.config)
+    if format is not None:
+        need_packages(format, f"reading {source.label}")
     transformers.utils.logging.disable_progress_bar()
-    architecture = (config.get("architectures") or [""])[0]
-    loader: Any = getattr(transformers, architecture, None)
-    if loader is None and not trust_remote_code:
+    architecture = (source.config.get("architectures") or [""])[0]
+    known = cast("Any", getattr(transformers, architecture, None))
+    state = None if format is None else format.read(source)
+    if known is None and (state is not None or not trust_remote_code):
         raise UserError(
-            f"{folder} is a {architecture or 'model of unknown class'}, which transformers "
+            f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
             "does not have: its code is remote.",
-            "Read that code, then add --trust-remote-code.",
+            "Read that code, then add --trust-remote-code (files in layerwise's own format need "
+            "a class of transformers).",
         )
-    causal = loader is None or architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    loader = transformers.AutoModelForCausalLM if causal else loader
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    causal = known is None or architecture.endswith(("ForCausalLM", "LMHeadModel"))
     with _without_bars():
-        model = loader.from_pretrained(
-            str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        if state is not None:
+            config = known.config_class.from_pretrained(folder)
+            del config.quantization_config
+            model = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
+        else:
+            loader = transformers.AutoModelForCausalLM if causal else known
+            model = loader.from_pretrained(folder, **options)
     return model.eval()
+
+
+def _format(config: Mapping[str, Any]) -> Format | None:
+    """The format of ours that a model says it is stored in."""
+    name = (config.get("quantization_config") or {}).get("quant_method", "")
+    return export.get(name) if name in export.FORMATS else None
 
 
 def need_packages(format: Format, purpose: str) -> None:

@@ -140,7 +140,8 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     check_plan(plan, prepared.found)
     format = export.get(plan.format)
     format.check(plan, prepared.found)
-    return arrange(_output_tensors(prepared.source, prepared.found, plan, format))
+    tensors = _output_tensors(prepared.source, prepared.found, plan, format)
+    return arrange(tensors, stem=format.stem)
 
 
 def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
