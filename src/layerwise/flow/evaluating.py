@@ -89,15 +89,16 @@ def load(
             "a class of transformers).",
         )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    causal = known is None or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     with _without_bars():
-        if state is not None:
+        if known is None or (causal and state is None):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        elif state is None:
+            model = known.from_pretrained(folder, **options)
+        else:
             config = known.config_class.from_pretrained(folder)
             del config.quantization_config
             model = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
-        else:
-            loader = transformers.AutoModelForCausalLM if causal else known
-            model = loader.from_pretrained(folder, **options)
     return model.eval()
 
 
