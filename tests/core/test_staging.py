@@ -112,7 +112,11 @@ def test_a_stopped_run_is_taken_up(tmp_path):
     state = staging.state()
     assert state is not None
     assert torch.equal(state["state"], torch.ones(3))
-    staging.discard()
+    with pytest.raises(KeyError), staging:
+        raise KeyError
+    assert out.with_name("out.partial").exists()
+    with pytest.raises(UserError), begun(out):
+        raise UserError("the data are wrong.", "Give others.")
     assert not list(tmp_path.iterdir())
 
 

@@ -197,3 +197,54 @@ def test_a_module_has_the_layers_of_its_checkpoint(llama):
 
     module = structure(open_source(Tree()))
     assert module.layers.keys() == structure(open_checkpoint(llama)).layers.keys()
+
+
+def test_large_experts_in_one_tensor_are_sliced(tmp_path, make_llama):
+    from conftest import llama_config
+
+    generator = torch.Generator().manual_seed(0)
+    stacked = torch.randn(2, 640, 512, generator=generator)
+    tensors = {"model.layers.0.mlp.experts.gate_up_proj": stacked}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = llama_config() | {"model_type": "qwen3_moe"}
+    (folder / "config.json").write_text(json.dumps(config))
+    lw.compress(folder, tmp_path / "out", bits=4, group=64, proof="none")
+    found = weights(tmp_path / "out")["model.layers.0.mlp.experts.gate_up_proj"]
+    from layerwise.quantize.rtn import rtn
+
+    for expert in range(2):
+        expected = rtn(stacked[expert], bits=4, group=64).dequantize()
+        assert torch.equal(found[expert], expected)
+
+
+def test_a_stopped_run_of_another_module_is_not_taken_up(tmp_path, monkeypatch):
+    """Modules of one shape differ in their weights."""
+    from layerwise.flow import compressing
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    modules = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        modules.append(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
+    with monkeypatch.context() as patch:
+        patch.setattr(compressing, "_small_files", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lw.compress(modules[0], tmp_path / "out", bits=4, group=16)
+    with pytest.raises(lw.UserError, match="other weights or other options"):
+        lw.compress(modules[1], tmp_path / "out", bits=4, group=16)
+    lw.compress(modules[0], tmp_path / "out", bits=4, group=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_is_proven_as_it_will_be_used(tmp_path, dtype):
+    """In evaluation mode, whatever mode it is in, and its own mode is left alone."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5), nn.Linear(64, 8)).to(dtype)
+    inputs = torch.randn(64, 32)
+    report = lw.compress(module, tmp_path / "out", bits=4, group=16, calibration=inputs)
+    assert report.proof is not None
+    assert module.training

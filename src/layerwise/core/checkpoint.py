@@ -84,6 +84,11 @@ class Source(Protocol):
         """Files to carry over beside the weights: configuration, tokenizer, generation."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or rows `start` to `stop` of it, as a copy of its own."""
         ...
@@ -99,6 +104,11 @@ class Checkpoint:
     files: Mapping[str, Path]
     config: Mapping[str, Any]
     companions: tuple[Path, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(file.stat().st_size for file in set(self.files.values()))
 
     @property
     def folder(self) -> Path:
@@ -132,6 +142,7 @@ class ModuleSource:
     """The state dict of a module in memory."""
 
     module: nn.Module
+    state: Mapping[str, Tensor]
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
 
@@ -141,14 +152,19 @@ class ModuleSource:
         return type(self.module).__name__
 
     @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(info.size for info in self.tensors.values())
+
+    @property
     def companions(self) -> tuple[Path, ...]:
         """Nothing lies beside a module."""
         return ()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or rows `start` to `stop` of it."""
-        tensor = self.module.state_dict()[name].detach()
-        return (tensor[start:stop] if tensor.dim() else tensor).clone().contiguous()
+        tensor = self.state[name].detach()
+        return (tensor[start:stop] if tensor.dim() else tensor).cpu().clone().contiguous()
 
 
 def open_source(model: str | Path | nn.Module) -> Source:
@@ -164,13 +180,14 @@ def module_source(module: nn.Module) -> ModuleSource:
     """A module in memory; tied parameters are listed once, under their first name."""
     seen: set[int] = set()
     tensors: dict[str, TensorInfo] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in state.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = TensorInfo(name, tensor.dtype, tuple(tensor.shape))
     config: Any = getattr(module, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
-    return ModuleSource(module, MappingProxyType(tensors), MappingProxyType(described))
+    return ModuleSource(module, state, MappingProxyType(tensors), MappingProxyType(described))
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

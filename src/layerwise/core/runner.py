@@ -225,6 +225,12 @@ class Runner:
                 answer = _first(self._call_model(outer, tokens)).cpu()
             yield answer
 
+    def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        """What the whole model, with these tensors for its own, answers to some windows."""
+        given = {name: value.float() for name, value in tensors.items()}
+        with torch.no_grad():
+            return _first(self._call_model(given, ids)).cpu()
+
     def batch(self, ids: Tensor) -> int:
         """Windows that are carried at once."""
         return 64 if self.whole else max(1, MICRO_BATCH_TOKENS // ids.shape[1])

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -112,7 +113,7 @@ def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
 
 @dataclass
 class Staging:
-    """One output directory in the making.  Made by `stage`."""
+    """One output directory in the making, for a `with` block.  Made by `stage`."""
 
     out: Path
     folder: Path
@@ -122,6 +123,20 @@ class Staging:
     handles: dict[str, IO[bytes]]
     checksums: dict[str, int] = field(default_factory=dict[str, int])
     added: set[str] = field(default_factory=set[str])
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # What the user must change first makes another run; anything else can be taken up again.
+        if isinstance(error, UserError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write rows of a tensor, `row` the first of them; slices of a tensor come in order."""
@@ -189,11 +204,6 @@ class Staging:
         _sync(self.out.parent)
         self.close()
 
-    def discard(self) -> None:
-        """Remove what was staged: the run cannot end well."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
-
     def close(self) -> None:
         """Let go of the files and the lock; what is staged stays for a run that takes it up."""
         for handle in self.handles.values():
@@ -239,6 +249,7 @@ def stage(out: Path, arrangement: Arrangement, identity: str, *, restart: bool) 
     check_target(out)
     folder = partial_folder(out)
     lock = _lock(folder, out, arrangement)
+    handles: dict[str, IO[bytes]] = {}
     try:
         if restart:
             _clear(folder, {_LOCK})
@@ -248,14 +259,14 @@ def stage(out: Path, arrangement: Arrangement, identity: str, *, restart: bool) 
             _reserve(folder, out, arrangement)
             _append(folder / _JOURNAL, {"identity": identity})
             steps = {}
-        handles: dict[str, IO[bytes]] = {
-            file: (folder / file).open("r+b") for file in arrangement.headers
-        }
+        for file in arrangement.headers:
+            handles[file] = (folder / file).open("r+b")
         staging = Staging(out, folder, arrangement, lock, steps, handles)
         _drop_damaged(staging)
         _rewrite(folder / _JOURNAL, [{"identity": identity}, *staging.steps.values()])
     except BaseException:
-        lock.close()
+        for held in (*handles.values(), lock):
+            held.close()
         raise
     return staging
 

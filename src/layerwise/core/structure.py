@@ -1,7 +1,7 @@
 """Which tensors are layers to work on, how they hang together, and what is left alone and why."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,10 +57,10 @@ class Layer:
         return tensor.T if self.layout == "conv1d" else tensor.reshape(self.rows, self.width)
 
     def store(self, matrix: Float[Tensor, "out in"], shape: tuple[int, ...]) -> Tensor:
-        """The matrix as the tensor of `shape` lays it out (one expert of it, if it is 3-D)."""
+        """The matrix, or rows of it, as the tensor of `shape` lays them out (in one expert)."""
         if self.layout == "conv1d":
             return matrix.T.contiguous()
-        return matrix.reshape(shape if self.expert is None else shape[1:])
+        return matrix.reshape(-1, *shape[1 if self.expert is None else 2 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,13 @@ class Structure:
             grouped.setdefault(layer.fused, []).append(layer)
         return list(grouped.values())
 
-    def inputs(self, block: str) -> list[list[Layer]]:
-        """The layers of a block, those that read the same input together."""
-        grouped: dict[str, list[Layer]] = {}
-        for layer in self.layers.values():
-            if layer.block == block:
-                grouped.setdefault(layer.reads, []).append(layer)
-        return list(grouped.values())
+
+def by_input(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """Layers that read the same input, together, by `Layer.reads`."""
+    grouped: dict[str, list[Layer]] = {}
+    for layer in layers:
+        grouped.setdefault(layer.reads, []).append(layer)
+    return grouped
 
 
 def structure(source: Source) -> Structure:

@@ -22,7 +22,7 @@ from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
 from layerwise.core.stream import copy_tensor, write_layer
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
 
@@ -72,24 +72,20 @@ def walk(
     started = {HELDOUT: heldout, HELDOUT_BEFORE: heldout}
     if calibration is not None:
         started[CALIBRATION] = calibration
-    states = {name: runner.start(ids) for name, ids in started.items()}
-    rows: list[LayerRow] = []
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
-    if finished:
-        states = staging.state() or states
+    states = staging.state() if finished else None
+    if states is not None:
+        runner.start(heldout[:1])  # one window shows what blocks are called with
+    else:
+        states = {name: runner.start(ids) for name, ids in started.items()}
+    rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
             rows += [LayerRow(**row) for row in staging.steps[_step(block)]["facts"]["rows"]]
             progress.step(block)
             continue
-        layers = [layer for layer in found.layers.values() if runner.whole or layer.block == block]
-        evidence = gather(runner, block, layers, words, states.get(CALIBRATION))
-        done, folded = _transform_block(source, found, plan, layers, evidence)
-        changed = _changed(source, format, done, folded)
-        for name in states:
-            carried = {} if name == HELDOUT_BEFORE else changed
-            states[name] = runner.forward(block, states[name], carried)
-        made = _write_block(source, in_block[block], done, folded, format, staging)
+        names = in_block[block]
+        made = _block(runner, found, plan, format, staging, block, names, words, states)
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
         progress.step(block)
@@ -98,6 +94,31 @@ def walk(
             copy_tensor(source, source.tensors[name], staging)
         staging.finish_step("outside", {}, states)
     return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
+
+
+def _block(
+    runner: Runner,
+    found: Structure,
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+    block: str,
+    names: Sequence[str],
+    words: frozenset[str],
+    states: dict[str, Tensor],
+) -> list[LayerRow]:
+    """Transform and write one block, and carry the activations through it.
+
+    All that a block takes is dropped on return, before the next one is read.
+    """
+    layers = [layer for layer in found.layers.values() if runner.whole or layer.block == block]
+    evidence = gather(runner, block, layers, words, states.get(CALIBRATION))
+    done, folded = _transform_block(runner.source, found, plan, layers, evidence)
+    changed = _changed(runner.source, format, done, folded)
+    for name, hidden in list(states.items()):
+        carried = {} if name == HELDOUT_BEFORE else changed
+        states[name] = runner.forward(block, hidden, carried)
+    return _write_block(runner.source, names, done, folded, format, staging)
 
 
 def _step(block: str) -> str:
@@ -126,9 +147,7 @@ def gather(
     """What calibration shows of every input in a block, by `Layer.reads`."""
     if hidden is None or not words:
         return {}
-    first: dict[str, Layer] = {}
-    for layer in layers:
-        first.setdefault(layer.reads, layer)
+    first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
     runner.forward(block, hidden, {}, collectors)
     return {reads: collectors[layer.name].evidence() for reads, layer in first.items()}
@@ -142,13 +161,10 @@ def _transform_block(
     evidence: Mapping[str, Mapping[str, object]],
 ) -> tuple[dict[str, Transformed], dict[str, Tensor]]:
     """Every layer of a block, transformed, and the other tensors that scales were folded into."""
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.reads, []).append(layer)
     folded: dict[str, Tensor] = {}
     done: dict[str, Transformed] = {}
     by_name = {layer.name: layer for layer in layers}
-    for group in _consumers_first(list(groups.values()), by_name):
+    for group in _consumers_first(list(by_input(layers).values()), by_name):
         weights = [_weight(source, layer, folded) for layer in group]
         seen = evidence.get(group[0].reads, {})
         plans = [plan.layers[layer.name] for layer in group]

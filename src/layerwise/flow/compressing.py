@@ -4,18 +4,17 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from layerwise import export
+from layerwise import __version__, export
 from layerwise.core import memory
 from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
-from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -74,9 +73,10 @@ def compress(
         recipe: How this run was asked for; written beside the output.
 
     Raises:
-        UserError: Nothing was written.
+        UserError: The output was not made.
+        RuntimeError: What was written does not answer as the model in memory did.
     """
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), memory.cpu_seconds()
     target = Path(out)
     check_target(target)
     source = open_source(model)
@@ -104,33 +104,30 @@ def compress(
     foreseen = foresee(prepared, ready, arrangement.size)
     working = time.perf_counter()
     staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
-    try:
+    with staging:
         rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
-    except UserError:
-        staging.discard()
-        raise
-    staging.add(_small_files(prepared, ready, format, recipe or {}))
-    proved = _prove(prepared, format, staging.folder, answered, progress, trust_remote_code)
-    report = Report(
-        model=source.label,
-        out=str(target),
-        format=ready.format,
-        layers=rows,
-        left=found.left,
-        bytes_before=sum(info.size for info in source.tensors.values()),
-        bytes_after=arrangement.size,
-        average_bits=_average_bits(rows),
-        comparison=comparison,
-        proof=proved,
-        seconds=time.perf_counter() - begun,
-        work_seconds=time.perf_counter() - working,
-        cpu_seconds=memory.cpu_seconds(),
-        peak_bytes=memory.peak_bytes(),
-        forecast=foreseen.as_json(),
-        notes=_notes(prepared, ready),
-    )
-    staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
-    staging.publish()
+        staging.add(_small_files(prepared, ready, format, recipe or {}))
+        proved = _prove(prepared, format, staging.folder, answered, progress, trust_remote_code)
+        report = Report(
+            model=source.label,
+            out=str(target),
+            format=ready.format,
+            layers=rows,
+            left=found.left,
+            bytes_before=source.size,
+            bytes_after=arrangement.size,
+            average_bits=_average_bits(rows),
+            comparison=comparison,
+            proof=proved,
+            seconds=time.perf_counter() - begun,
+            work_seconds=time.perf_counter() - working,
+            cpu_seconds=memory.cpu_seconds() - used,
+            peak_bytes=memory.peak_bytes(),
+            forecast=foreseen.as_json(),
+            notes=_notes(prepared, ready),
+        )
+        staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
+        staging.publish()
     return report
 
 
@@ -141,17 +138,31 @@ def _average_bits(rows: Sequence[LayerRow]) -> float:
 
 def _identity(prepared: Prepared, plan: Plan) -> str:
     """Says what a run is: the same inputs and the same plan give the same bytes."""
-    digest = hashlib.sha256(to_yaml(plan, "", prepared.found).encode())
-    for info in prepared.source.tensors.values():
+    source = prepared.source
+    work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
+    options = {id: dict(chosen) for id, chosen in plan.options.items()}
+    said = [__version__, plan.format, work, options, dict(source.config)]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
-    if isinstance(prepared.source, Checkpoint):
-        for file in sorted(set(prepared.source.files.values())):
+        if isinstance(source, ModuleSource):
+            digest.update(_content(source.read(info.name)))
+    if isinstance(source, Checkpoint):
+        for file in sorted(set(source.files.values())):
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     for text in (prepared.calibration, prepared.heldout):
+        digest.update(f"{None if text is None else tuple(text.ids.shape)}".encode())
         if text is not None:
-            digest.update(text.ids.contiguous().numpy().tobytes())
+            digest.update(_content(text.ids))
+    device = prepared.runner.device if prepared.runner else "cpu"
+    digest.update(str(device).encode())
     return digest.hexdigest()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    """A tensor's bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _transform(
@@ -231,8 +242,8 @@ def _prove(
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
         tensors = format.read(written) or {name: written.read(name) for name in written.tensors}
-        with torch.no_grad():
-            found = functional_call(source.module, dict(tensors), (ids,))
+        assert prepared.runner is not None
+        found = prepared.runner.answer(tensors, ids)
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)
