@@ -21,7 +21,7 @@ from layerwise.flow import preparing
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.evaluating import answers, compare
 from layerwise.flow.evaluating import load as _load
-from layerwise.flow.planning import Wish, make_plan
+from layerwise.flow.planning import Wish, check_level, make_plan
 from layerwise.flow.preparing import Prepared, Proving, Texts
 from layerwise.flow.survey import Survey, survey
 
@@ -51,7 +51,7 @@ def open(model: Model) -> Opened:
 
 def measure(
     model: Model,
-    measures: Sequence[str] = ("weight_error", "zd"),
+    measures: str | Sequence[str] = ("weight_error", "zd"),
     *,
     calibration: Text | None = None,
     samples: int = 64,
@@ -71,12 +71,13 @@ def measure(
         samples: Windows of it.
         length: Tokens per window.
         levels: Widths to find the error of every layer at.
-        device: Where the block at work is put.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
         progress: Is told of each block.
         wish: Fields of `Wish` that say how a level is made: method, group, symmetric.
     """
-    chosen = [catalogue.get(f"measure/{name}") for name in measures]
+    names = [measures] if isinstance(measures, str) else measures
+    chosen = [catalogue.get(f"measure/{name}") for name in names]
     opened = open(model)
     wanted = Wish(**wish).fitted(opened.structure)
     comparing = any("approximation" in method.evidence for method in chosen)
@@ -89,6 +90,8 @@ def measure(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    for level in tried:
+        check_level(prepared, wanted, level)
     ids = prepared.calibration.ids if prepared.calibration else None
     return survey(
         prepared.source,
@@ -120,7 +123,7 @@ def plan(
         calibration: Text to gather evidence on.
         samples: Windows of it.
         length: Tokens per window.
-        device: Where the block at work is put.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
         progress: Is told of each block.
         wish: Fields of `Wish`: bits or budget, method, group, symmetric, density, rank …
@@ -136,10 +139,7 @@ def plan(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    ids = prepared.calibration.ids if prepared.calibration else None
-    made = make_plan(
-        prepared.source, prepared.found, wanted, prepared.runner, ids, progress or Silent()
-    )
+    made = make_plan(prepared, wanted, progress or Silent())
     preparing.check(prepared, made)
     return made
 
@@ -235,7 +235,7 @@ def compress(
         text: Text to compare on; by default one that calibration did not see.
         text_samples: Windows of it.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
-        device: Where the block at work is put.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
         progress: Is told of the stages.
@@ -245,6 +245,11 @@ def compress(
     Raises:
         UserError: Something is not as it must be; nothing was written.
     """
+    if plan is not None and wish:
+        raise UserError(
+            f"the plan says what to do, and {sorted(wish)[0]} says it too.",
+            "Leave one out, or change the plan.",
+        )
     return _compress(
         model,
         out,
@@ -276,7 +281,14 @@ def load(
     Raises:
         UserError: It is not there, or a package it needs is missing.
     """
-    return _load(open_checkpoint(model), dtype=dtype, trust_remote_code=trust_remote_code)
+    source = open_checkpoint(model)
+    try:
+        return _load(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"transformers cannot load {source.label}: {error}",
+            "See what it says; the checkpoint or its config.json may be damaged.",
+        ) from error
 
 
 def evaluate(
@@ -313,7 +325,9 @@ def evaluate(
             "Give the model that it was made from.",
         )
     models = [
-        _load(one, trust_remote_code=trust_remote_code) for one in (source, base) if one is not None
+        load(one.label, trust_remote_code=trust_remote_code)
+        for one in (source, base)
+        if one is not None
     ]
     streams = [answers(one, chosen.ids) for one in models]
     return compare(chosen.ids, streams[0], streams[1] if base else None, chosen.label)

@@ -164,6 +164,24 @@ def test_a_group_that_fits_is_found(layerwise, llama, tmp_path):
     assert {layer["group"] for layer in said.document["layers"].values()} == {32}
 
 
+def test_a_recipe_is_run_again_elsewhere(layerwise, llama, tmp_path):
+    wish = ("--bits", 4, "--group", 16, "--proof", "none")
+    assert layerwise("compress", llama, "-o", tmp_path / "out", *wish).status == 0
+    said = layerwise("run", tmp_path / "out" / "recipe.yaml", "-o", tmp_path / "again", "--json")
+    assert said.status == 0, said.err
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_output_that_nobody_reads_stops_no_work(llama, tmp_path):
+    script = Path(sys.executable).with_name("layerwise")
+    out = tmp_path / "out"
+    wish = f"--bits 4 --group 16 --proof none -o {out}"
+    command = f"set -o pipefail; {script} compress {llama} {wish} 2>&1 >/dev/null | head -c 1"
+    subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+    assert (out / "report.json").exists()
+
+
 def test_methods(layerwise):
     said = layerwise("methods", "--json")
     assert said.status == 0

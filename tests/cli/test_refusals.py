@@ -382,3 +382,76 @@ def test_a_recipe(refuses, tmp_path, content, says):
     if content is not None:
         file.write_text(content)
     refuses("run", file, says=(file, says), remedy="")
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ({"budget": 3.5}, "budget: 3.5"),
+        ({"bits": 4, "proof": "maybe"}, "proof: 'maybe'"),
+        ({"bits": 4, "symmetric": "no"}, "symmetric: 'no'"),
+        ({"bits": 4, "trust_remote_code": "maybe"}, "trust_remote_code: 'maybe'"),
+        ({"bits": 4, "levels": 4}, "levels: 4"),
+        ({"bits": 4, "group": "32"}, "group: '32'"),
+        ({"bits": 4, "options": [1]}, "options: [1]"),
+        ({"bits": 4, "device": "gpu"}, "no device 'gpu'"),
+        ({"bits": 4, "speed": 1}, "no arguments ['speed']"),
+        ({"bits": 4, "budget": "3bits"}, "at once"),
+        ({"out": 7}, "out: 7"),
+    ],
+)
+def test_a_recipe_that_is_not_written_as_it_must_be(refuses, llama, out, tmp_path, lines, says):
+    file = tmp_path / "recipe.yaml"
+    step = {"model": str(llama), "out": str(out), **lines}
+    file.write_text(yaml.safe_dump({"compress": step}))
+    refuses("run", file, says=(says,), remedy="")
+
+
+def test_a_recipe_with_a_step_twice(refuses, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("compress: {}\ncompress: {}\n")
+    refuses("run", file, says=("compress stands there twice",), remedy="")
+
+
+# Checkpoints that transformers would fill up, or that answer nothing
+
+
+def test_a_missing_weight_is_not_filled_with_noise(refuses, make_llama, text, tmp_path):
+    model = make_llama(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    windows = ("--length", 32, "--samples", 4)
+    refuses("evaluate", model, "--text", text, *windows, says=("model.norm.weight",), remedy="")
+
+
+def test_nan_outside_the_layers(refuses, make_llama, tmp_path, out):
+    model = make_llama(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    says = ("model.norm.weight", "NaN")
+    refuses("compress", model, "-o", out, *RTN, "--proof", "none", says=says, remedy="")
+
+
+def test_weights_of_another_shape_than_the_configuration_says(
+    refuses, make_llama, text, tmp_path, out
+):
+    model = make_llama(tmp_path / "model", intermediate_size=48)
+    command = ("compress", model, "-o", out, *GPTQ, "--calibration", text)
+    refuses(*command, says=("config.json makes it",), remedy="")
+
+
+@pytest.mark.parametrize("wish", [("--bits", 1, "--symmetric"), ("--density", "1e-9")])
+def test_what_would_leave_nothing(refuses, llama, out, wish):
+    refuses("compress", llama, "-o", out, *wish, says=("not possible",), remedy="")
+
+
+def test_a_model_that_is_no_language_model(layerwise, refuses, make_llama, tmp_path, out):
+    model = make_llama(tmp_path / "model", architectures=["LlamaModel"])
+    command = ("compress", model, "-o", out, *RTN)
+    refuses(*command, "--proof", "logits", says=("LlamaModel", "logits"), remedy="--proof none")
+    assert layerwise(*command).status == 0

@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from layerwise.compensate.eora import eora
 from layerwise.compensate.svd import svd
+from layerwise.core.errors import UserError
 
 
 def _layer(tokens=200):
@@ -56,3 +58,12 @@ def test_does_nothing_where_no_input_went():
     unseen = torch.linalg.eigh(gram).eigenvectors[:, :12]
     assert (correction.product() @ unseen).abs().max() < 1e-6
     assert "12 of 20" in correction.notes[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_statistics_that_are_no_numbers(value):
+    weight, approximation, _ = _layer()
+    gram = torch.eye(20)
+    gram[3, 3] = value
+    with pytest.raises(UserError, match="statistics"):
+        eora(weight, approximation, gram, rank=4)

@@ -177,7 +177,7 @@ def test_a_plan_must_make_sense_as_a_whole(found, plan, says):
     "wish",
     [
         {"bits": 4, "group": 16, "symmetric": True},
-        {"budget": "60%", "group": 16, "density": 0.5, "rank": 1},
+        {"budget": "9.5bits", "group": 16, "density": 0.5, "rank": 1},
         {"bits": 3, "group": 0, "method": "gptq", "options": {"quantize/gptq": {"damping": 0.1}}},
     ],
 )

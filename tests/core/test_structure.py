@@ -228,7 +228,9 @@ def test_blocks_come_in_numerical_order():
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path):
     models.make("llama", tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("{", '{"quantization_config": {},', 1))
+    config.write_text(
+        config.read_text().replace("{", '{"quantization_config": {"quant_method": "x"},', 1)
+    )
     with pytest.raises(UserError, match="quantized already"):
         structure(open_checkpoint(tmp_path))
 

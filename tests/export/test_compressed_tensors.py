@@ -2,6 +2,7 @@
 
 import json
 
+import models
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -102,3 +103,13 @@ def test_declares_every_tensor_it_writes(llama):
     for layer in structure(source).layers.values():
         declared = {info.name for info in format.tensors(layer, plan, source.tensors[layer.tensor])}
         assert {f"{layer.name}.weight_{part}" for part in ("packed", "scale", "shape")} == declared
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "bert", "gpt_neox", "phi"])
+def test_other_architectures_load(kind, tmp_path):
+    models.make(kind, tmp_path / "model")
+    grid = {"bits": 4, "group": 0, "symmetric": True, "format": "compressed-tensors"}
+    ids = models.inputs(kind)
+    texts = {"text": ids, "length": 16, "text_samples": 3, "proof": "logits"}
+    report = lw.compress(tmp_path / "model", tmp_path / "out", **grid, **texts)
+    assert report.proof is not None

@@ -88,15 +88,43 @@ def test_damps_more_and_says_so_when_the_gram_does_not_factor():
     weight, _ = _layer()
     token = torch.arange(1, 41, dtype=torch.float64)
     gram = torch.outer(token, token) - 0.001 * torch.eye(40)
-    pruned = sparsegpt(weight, gram, density=0.5, damping=0.0)
-    assert "damping" in pruned.notes[0]
+    pruned = sparsegpt(weight, gram, density=0.5, damping=1e-6)
+    assert "damping raised to 1e-05" in pruned.notes[0]
     assert pruned.weight.isfinite().all()
 
 
 def test_refuses_a_gram_that_never_factors():
     weight, gram = _layer()
-    with pytest.raises(UserError, match="does not factor"):
-        sparsegpt(weight, torch.full_like(gram, torch.nan), density=0.5)
+    hollow = torch.full_like(gram, 1e12).fill_diagonal_(1.0)
+    with pytest.raises(UserError, match="does not factor, even with damping 100000"):
+        sparsegpt(weight, hollow, density=0.5)
+
+
+def test_dead_inputs_have_no_part_in_the_damping():
+    weight, gram = _layer(width=64)
+    wide, padded = torch.zeros(24, 96).double(), torch.zeros(96, 96).double()
+    wide[:, :64], padded[:64, :64] = weight, gram
+    # Two of three inputs live: three quarters of those are half of them all.
+    ours = sparsegpt(wide, padded, density=0.5, block=96)
+    theirs = sparsegpt(weight, gram, density=0.75, block=64)
+    assert torch.equal(ours.kept[:, :64], theirs.kept)
+    torch.testing.assert_close(ours.weight[:, :64], theirs.weight)
+
+
+@pytest.mark.parametrize(
+    "options", [{"damping": 0.0}, {"damping": -1.0}, {"damping": torch.nan}, {"block": 0}]
+)
+def test_refuses_options_out_of_range(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        sparsegpt(*_layer(), density=0.5, **options)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_statistics_that_are_no_numbers(value):
+    weight, gram = _layer()
+    gram[3, 3] = value
+    with pytest.raises(UserError, match="statistics"):
+        sparsegpt(weight, gram, density=0.5)
 
 
 def test_says_so_when_no_input_was_seen():

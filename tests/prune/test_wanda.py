@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from layerwise.core.errors import UserError
 from layerwise.prune.magnitude import magnitude
 from layerwise.prune.wanda import wanda
 
@@ -43,3 +45,11 @@ def test_says_so_when_no_input_was_seen():
     blind = wanda(weight, torch.zeros(12, 12), density=0.5)
     assert torch.equal(blind.kept, wanda(weight, torch.eye(12), density=0.5).kept)
     assert "no input was seen" in blind.notes[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_statistics_that_are_no_numbers(value):
+    gram = torch.eye(12)
+    gram[3, 3] = value
+    with pytest.raises(UserError, match="statistics"):
+        wanda(torch.randn(5, 12), gram, density=0.5)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from layerwise.core.errors import UserError
 from layerwise.quantize.awq import awq
 from layerwise.quantize.rtn import rtn
 
@@ -55,3 +56,12 @@ def test_an_input_that_was_never_seen_keeps_its_weights():
     gram[:, 5] = gram[5] = magnitude[5] = 0.0
     restored = awq(weight, gram, magnitude, bits=8, group=32).dequantize()
     torch.testing.assert_close(restored[:, 5], weight[:, 5], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_statistics_that_are_no_numbers(value, spoilt):
+    weight, *statistics, _ = problem()
+    statistics[spoilt][3] = value
+    with pytest.raises(UserError, match="statistics"):
+        awq(weight, *statistics, bits=4)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from layerwise.core.errors import UserError
 from layerwise.quantize import gptq as module
 from layerwise.quantize._grid import fit
 from layerwise.quantize.gptq import gptq
@@ -125,6 +126,35 @@ def test_raised_damping_is_noted():
     weight, gram = problem()
     indefinite = gram - 0.05 * gram.diagonal().mean() * torch.eye(len(gram))
     assert "damping raised to 0.1" in gptq(weight, indefinite, bits=4).notes[0]
+
+
+def test_dead_inputs_have_no_part_in_the_damping():
+    weight, gram = problem(width=64)
+    wide, padded = torch.zeros(20, 96), torch.zeros(96, 96)
+    wide[:, :64], padded[:64, :64] = weight, gram
+    ours = gptq(wide, padded, bits=3, group=32)
+    assert ours.codes[:, :64].equal(gptq(weight, gram, bits=3, group=32).codes)
+
+
+def test_refuses_a_gram_that_never_factors():
+    weight, gram = problem()
+    hollow = torch.full_like(gram, 1e12).fill_diagonal_(1.0)
+    with pytest.raises(UserError, match="does not factor, even with damping 100000"):
+        gptq(weight, hollow, bits=4)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, torch.nan, torch.inf])
+def test_refuses_damping_that_is_none(damping):
+    with pytest.raises(UserError, match="damping"):
+        gptq(*problem(), bits=4, damping=damping)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_statistics_that_are_no_numbers(value):
+    weight, gram = problem()
+    gram[3, 3] = value
+    with pytest.raises(UserError, match="statistics"):
+        gptq(weight, gram, bits=4)
 
 
 def test_exact_products_do_not_depend_on_their_shape():

@@ -60,7 +60,7 @@ def knapsack(
             finite number.
     """
     levels = common_levels(costs, budget)
-    curves = [error.double().cpu() for error in errors]
+    curves = [error.double() for error in errors]
     for item, curve in enumerate(curves):
         if not curve.isfinite().all():
             raise UserError(
@@ -93,7 +93,7 @@ def _solve(
     known: float,
 ) -> list[int]:
     """The best levels, when some plan is known whose excess errors add up to `known`."""
-    rows = [cost.cpu().numpy() for cost in costs]
+    rows = [cost.numpy() for cost in costs]
     # In the largest unit that divides them all, costs are the smallest the solver can be given.
     unit = max(math.gcd(*(int(cost) - int(row[0]) for row in rows for cost in row)), 1)
     room = budget - sum(int(row[0]) for row in rows)

@@ -75,7 +75,7 @@ def _last_scores(
             "Give costs as the number of weights kept, not in bytes.",
         )
     # A level that keeps nothing is the first or costs no more than it: it is free.
-    return torch.cat([torch.ones(1, dtype=torch.float64), _scores(weight).cpu()])[counts.cpu()]
+    return torch.cat([torch.ones(1, dtype=torch.float64), _scores(weight)])[counts]
 
 
 def _scores(weight: Float[Tensor, "..."]) -> Float64[Tensor, " size"]:

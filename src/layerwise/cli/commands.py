@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -15,7 +16,10 @@ from layerwise.cli.parser import WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
-from layerwise.core.plan import to_yaml
+from layerwise.core.outcome import Report
+from layerwise.core.plan import StrictLoader, to_yaml
+from layerwise.core.typed import described, fits
+from layerwise.flow.planning import Wish
 
 # The measure that is also found at several widths at once.
 ERROR = "error"
@@ -34,7 +38,7 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 measures,
                 **_calibration(chosen),
                 **_machine(chosen),
-                levels=widths if ERROR in measures else (),
+                levels=widths if _compares(measures) else (),
                 progress=bars,
                 **_grid(chosen),
             )
@@ -49,6 +53,11 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def _compares(measures: Sequence[str]) -> bool:
+    """Whether a measure looks at what a width makes of a layer."""
+    return any("approximation" in catalogue.get(f"measure/{m}").evidence for m in measures)
+
+
 def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise plan`."""
     file = Path(chosen.output)
@@ -56,6 +65,14 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         raise UserError(
             f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
         )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
+        ) from error
     opened = lw.open(chosen.model)
     with Bars() as bars:
         made = lw.plan(
@@ -65,11 +82,12 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_wish(chosen, given),
             progress=bars,
         )
-    foreseen = lw.forecast(chosen.model, made, **_calibration(chosen), **_machine(chosen))
-    file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(file.name + ".partial")
     staged.write_text(to_yaml(made, chosen.model, opened.structure))
     staged.rename(file)
+    foreseen = lw.forecast(
+        chosen.model, made, **_calibration(chosen), **_machine(chosen), proof="none"
+    )
     console().print(report.plan_table(opened.source, opened.structure, made))
     console().print(report.forecast_line(foreseen))
     if chosen.json:
@@ -96,28 +114,36 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     if chosen.plan:
         _refuse_wishes(given)
     arguments = {
+        "model": chosen.model,
+        "out": chosen.output,
         **({"plan": chosen.plan} if chosen.plan else _wish(chosen, given)),
         **_calibration(chosen),
         "text": chosen.text,
         "text_samples": chosen.text_samples,
         "proof": chosen.proof,
+        **_machine(chosen),
     }
-    recipe = {"compress": {"model": chosen.model, "out": chosen.output, **_plain(arguments)}}
-    with Bars() as bars:
-        done = lw.compress(
-            chosen.model,
-            chosen.output,
-            **arguments,
-            **_machine(chosen),
-            restart=chosen.restart,
-            progress=bars,
-            recipe=recipe,
-        )
-    console().print(report.layer_table(done))
-    console().print(report.summary(done))
+    done = _compressed(arguments, restart=chosen.restart)
     if chosen.json:
         _print_json(done.as_json())
     return 0
+
+
+def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Report:
+    """Compress, and show what came of it; the recipe is of use from any directory."""
+    recipe = {
+        name: os.path.abspath(value)
+        if name in ("model", "out", "plan", "calibration", "text") and os.path.exists(value)
+        else value
+        for name, value in arguments.items()
+        if value not in (None, "", {}, False)
+    }
+    recipe["out"] = os.path.abspath(arguments["out"])
+    with Bars() as bars:
+        done = lw.compress(**arguments, restart=restart, progress=bars, recipe={"compress": recipe})
+    console().print(report.layer_table(done))
+    console().print(report.summary(done))
+    return done
 
 
 def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
@@ -141,17 +167,14 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     steps = _recipe(Path(chosen.recipe))
     answers: list[Any] = []
     for command, arguments in steps:
-        with Bars() as bars:
-            if command == "compress":
-                recipe = {"compress": arguments}
-                done = lw.compress(**arguments, progress=bars, recipe=recipe)
-                console().print(report.layer_table(done))
-                console().print(report.summary(done))
-                answers.append(done.as_json())
-            else:
-                compared = lw.evaluate(**arguments)
-                console().print(report.comparison(compared))
-                answers.append(asdict(compared))
+        if command == "compress":
+            out = {"out": chosen.output} if chosen.output else {}
+            answers.append(_compressed(arguments | out).as_json())
+        else:
+            model = {"model": chosen.output} if chosen.output else {}
+            compared = lw.evaluate(**arguments | model)
+            console().print(report.comparison(compared))
+            answers.append(asdict(compared))
     if chosen.json:
         _print_json(answers)
     return 0
@@ -272,21 +295,7 @@ def _calibration(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
-    return {"device": _device(chosen.device), "trust_remote_code": chosen.trust_remote_code}
-
-
-def _device(name: str) -> str:
-    import torch
-
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError("there is no CUDA device here.", "Use --device auto or --device cpu.")
-    return "cuda" if there and name != "cpu" else "cpu"
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what was not asked for: a recipe says only what matters."""
-    return {name: value for name, value in arguments.items() if value not in (None, "", {})}
+    return {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
 
 
 _STEPS = {"compress": lw.compress, "evaluate": lw.evaluate}
@@ -295,7 +304,7 @@ _STEPS_ARE = "Steps are `compress:` and `evaluate:`, each with its arguments."
 
 def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), StrictLoader)
     except FileNotFoundError:
         raise UserError(f"there is no recipe {file}.", "compress writes recipe.yaml.") from None
     except yaml.YAMLError as error:
@@ -314,23 +323,25 @@ def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> None:
-    import inspect as signatures
-    from dataclasses import fields
-
-    from layerwise.flow.planning import Wish
-
-    known = set(signatures.signature(_STEPS[command]).parameters) - {"wish", "progress", "recipe"}
+    known = get_type_hints(_STEPS[command])
+    for name in ("wish", "progress", "recipe", "return", "restart"):
+        known.pop(name, None)
     if command == "compress":
-        known |= {field.name for field in fields(Wish)}
-    if unknown := arguments.keys() - known:
+        known |= get_type_hints(Wish)
+    if unknown := arguments.keys() - known.keys():
         raise UserError(
-            f"{file}: {command} has no arguments {sorted(unknown)}.",
+            f"{file}: {command} has no arguments {sorted(map(str, unknown))}.",
             f"It has {', '.join(sorted(known))}.",
         )
+    for name, value in arguments.items():
+        if not fits(value, known[name]):
+            raise UserError(
+                f"{file}: {command} has {name}: {value!r}.", f"Write {described(known[name])}."
+            )
     for needed in ("model", "out") if command == "compress" else ("model",):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2))
+    print(json.dumps(content, indent=2, allow_nan=False))

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        return _failed("stopped.", "Repeat the command to go on where it stopped.", as_json, 2)
+        resumed = "Repeat the command to go on where it stopped."
+        remedy = resumed if given[:1] in (["compress"], ["run"]) else "Nothing was written."
+        return _failed("stopped.", remedy, as_json, 2)
     except BrokenPipeError:
         return 0
     except Exception as error:

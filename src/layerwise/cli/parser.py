@@ -140,9 +140,11 @@ def _run(commands: Any, arguments: Sequence[str]) -> None:
         commands,
         "run",
         "do what a recipe says; compress writes one beside its output",
-        "layerwise run small/recipe.yaml",
+        "layerwise run recipe.yaml",
+        "layerwise run small/recipe.yaml -o again",
     )
     made.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    made.add_argument("-o", "--output", metavar="OUT", help="directory to make instead of its own")
 
 
 def _methods(commands: Any, arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The terminal: human output goes to stderr, and bars know when there is no terminal."""
 
 import functools
+import os
 from types import TracebackType
 
 from rich.console import Console
@@ -26,10 +27,19 @@ def answer() -> Console:
     return _wide(stderr=False)
 
 
+class _Console(Console):
+    """Falls silent when nobody reads any more: that is no reason to stop the work."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def _wide(*, stderr: bool) -> Console:
-    found = Console(stderr=stderr, highlight=False)
+    found = _Console(stderr=stderr, highlight=False)
     # Without a terminal rich assumes 80 columns, which cuts the names of layers.
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+    return found if found.is_terminal else _Console(stderr=stderr, highlight=False, width=200)
 
 
 class Bars:

@@ -9,6 +9,7 @@ from torch import Tensor
 from layerwise.compensate._factors import split_best
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.results import LowRank
+from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import compensator
 
 _SOURCE = "abstract: outperforms prior training-free low-rank methods, LLaMA3-8B at 3 bits"
@@ -55,8 +56,9 @@ def eora(
         rank: Width of the correction, from 1 to min(out, in).
 
     Raises:
-        UserError: The layer has no such rank.
+        UserError: The layer has no such rank, or a statistic is NaN or infinite.
     """
+    check_statistics(gram)
     values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(gram.double()))
     seen = values > len(values) * torch.finfo(torch.float32).eps * values[-1]
     root = values.where(seen, 0.0).sqrt()

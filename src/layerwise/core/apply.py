@@ -27,7 +27,7 @@ class Transformed:
         quantized: Its codes, if it was quantized; pruned entries stand for 0.0.
         kept: Its mask, if it was pruned.
         low_rank: Its correction, included in `weight`.
-        lost: Energy of the layer's output that is lost; of its weight, where nothing ran.
+        lost: Energy of the layer's output that is lost; of its weight, where no input was seen.
         energy: Energy of the layer's output before.
         notes: What its methods want known.
     """
@@ -45,7 +45,7 @@ class Transformed:
 
     @property
     def error(self) -> float:
-        """Share of the energy that is lost; a layer whose output is 0 has error 0."""
+        """Share of the energy that is lost; a layer of zeros has error 0."""
         return self.lost / self.energy if self.energy > 0 else 0.0
 
     @property
@@ -54,7 +54,7 @@ class Transformed:
         return None if self.quantized is None else self.quantized.input_scale
 
 
-def check_finite(layer: str, weight: Tensor) -> None:
+def check_finite(tensor: str, weight: Tensor) -> None:
     """Refuse NaN and infinity.
 
     Raises:
@@ -65,7 +65,7 @@ def check_finite(layer: str, weight: Tensor) -> None:
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise UserError(
-                f"{layer}.weight holds NaN or infinity ({bad} of {weight.numel()} entries).",
+                f"{tensor} holds NaN or infinity ({bad} of {weight.numel()} entries).",
                 "The checkpoint is damaged or its training diverged: use another one.",
             )
 
@@ -93,7 +93,7 @@ def transform(
         UserError: A weight is not finite, or a method reads evidence that is not there.
     """
     for layer, weight in zip(layers, weights, strict=True):
-        check_finite(layer.name, weight)
+        check_finite(layer.tensor, weight)
     alike: dict[LayerPlan, list[int]] = {}
     for number, plan in enumerate(plans):
         alike.setdefault(plan.work, []).append(number)
@@ -180,6 +180,9 @@ def _finished(
 ) -> Transformed:
     gram = evidence.get("gram")
     lost, energy = _energy(weight - part.weight, gram), _energy(weight, gram)
+    if gram is not None and not energy:
+        lost, energy = _energy(weight - part.weight, None), _energy(weight, None)
+        part.notes += ("no input was seen: the error is of its weight",)
     return Transformed(
         layer=layer,
         plan=plan,

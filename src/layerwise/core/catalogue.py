@@ -188,6 +188,13 @@ def get(id: str) -> Method:
         UserError: There is no such method; the message names the closest ones.
     """
     verb, _, name = id.partition("/")
+    if not name:
+        ids = [f"{one}/{known}" for one in VERBS for known in _names(one)]
+        close = [known for known in ids if known.endswith(f"/{verb}")]
+        raise UserError(
+            f"{id!r} is not written as verb/name.",
+            f"Write {close[0]}." if close else "`layerwise methods` lists them all.",
+        )
     if id not in _methods:
         names = _names(verb)
         if name not in names:

@@ -1,6 +1,7 @@
 """Trained weights by name: a checkpoint on disk, or a module in memory, read a slice at a time."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.typed import fits
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -36,8 +38,13 @@ INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"{STEM}{INDEX_SUFFIX}"
 # Weights first: training leaves other pickles beside them.
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# What a model directory holds beside its weights, and what must not be taken along.
-_LEFT_BEHIND = (".safetensors", INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What a model directory holds beside its weights that goes with a new version of them:
+# configuration, tokenizer, generation, templates, licences; and what does not.
+_COMPANIONS = (
+    *("*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md"),
+    *("LICENSE*", "NOTICE*"),
+)
+_LEFT_BEHIND = "*.index.json"
 _OURS = frozenset({"report.json", "recipe.yaml", "plan.yaml"})
 
 
@@ -253,8 +260,8 @@ def _locate(model: str) -> Path:
 def _download(model: str) -> Path:
     hub = need("huggingface_hub", f"{model} is not a local path, and loading from the hub")
     try:
-        # Weights as safetensors, descriptions as text: no code, no pickles.
-        kept = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        # No pickles; code that comes along is not run unless the user trusts it.
+        kept = ["*.safetensors", *_COMPANIONS]
         return Path(hub.snapshot_download(model, allow_patterns=kept))
     except Exception as error:
         raise UserError(
@@ -285,8 +292,8 @@ def _config(file: Path) -> Mapping[str, Any]:
         return {}
     try:
         content: Any = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}", "Download it again.") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}", "Download it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} does not describe a model.", "Download it again.")
     return content
@@ -302,6 +309,8 @@ def _shards(folder: Path) -> list[Path]:
                     "Download or copy that shard again.",
                 )
         return [folder / name for name in names]
+    if (folder / WEIGHTS).exists():  # others beside it hold the same in another layout
+        return [folder / WEIGHTS]
     if shards := sorted(folder.glob("*.safetensors")):
         return shards
     for pattern in _PICKLES:
@@ -321,7 +330,10 @@ def _index(folder: Path) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        found = json.loads(index.read_text())["weight_map"]
+        if not fits(found, Mapping[str, str]):
+            raise ValueError("weight_map is no mapping of tensors to files")
+        return dict(found)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a shard index: {error!r}", "Download it again.") from error
 
@@ -352,6 +364,8 @@ def _header(shard: Path) -> list[TensorInfo]:
                     )
                 found.append(TensorInfo(name, DTYPES[view.get_dtype()], shape))
     except (SafetensorError, OSError) as error:
+        if shard.exists() and not os.access(shard, os.R_OK):
+            raise UserError(f"{shard} may not be read.", "Change its permissions.") from error
         raise UserError(
             f"{shard} is damaged or cut short: {error}", "Download or copy that file again."
         ) from error
@@ -362,5 +376,8 @@ def _companions(folder: Path) -> tuple[Path, ...]:
     return tuple(
         file
         for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.endswith(_LEFT_BEHIND) and file.name not in _OURS
+        if file.is_file()
+        and any(file.match(pattern) for pattern in _COMPANIONS)
+        and not file.match(_LEFT_BEHIND)
+        and file.name not in _OURS
     )

@@ -6,9 +6,20 @@ into one matrix, which must then have one bit width.  `{}` stands for the number
 A checkpoint of no family here falls back to `GENERIC`, which assumes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+# What configurations call the number of positions and the width of a block.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+# Classes whose answer to token ids is a distribution over the vocabulary for every token.
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+
+
+def configured(config: Mapping[str, Any], names: Sequence[str]) -> int:
+    """The first of these entries that a configuration has; 0 if none."""
+    return next((int(config[name]) for name in names if config.get(name)), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from layerwise.core import catalogue, memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source
+from layerwise.core.families import WIDTHS, configured
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.runner import MICRO_BATCH_TOKENS
 from layerwise.core.stream import SLICE_ENTRIES
@@ -63,7 +64,7 @@ def forecast(
     weights = sum(info.count for info in source.tensors.values())
     rate = _products_per_second(max(found.layers.values(), key=lambda layer: layer.count))
     seconds += 2 * weights * (2 * tokens + proof) / rate
-    hidden = int(source.config.get("hidden_size") or 0)
+    hidden = configured(source.config, WIDTHS)
     vocabulary = int(source.config.get("vocab_size") or 0)
     block = max(
         sum(layer.count for layer in found.layers.values() if layer.block == name)

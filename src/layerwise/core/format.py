@@ -13,6 +13,13 @@ from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 
 
+def packed_size(format: "Format", layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
+    """The size of a layer in a format that packs: its tensors'."""
+    if not plan.steps:
+        return layer.count * info.dtype.itemsize
+    return sum(made.size for made in format.tensors(layer, plan, info))
+
+
 class Format(Protocol):
     """A way to store transformed layers."""
 
@@ -36,6 +43,10 @@ class Format(Protocol):
 
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
         """The tensors that take the place of a layer's weight."""
+        ...
+
+    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
+        """Bytes that a layer takes; in a format that packs nothing, what its codes would take."""
         ...
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:

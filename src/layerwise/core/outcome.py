@@ -18,7 +18,8 @@ class LayerRow:
         rows: Outputs.
         width: Inputs.
         bytes_before: Its size in the checkpoint.
-        bytes_after: Everything stored for it: codes, scales, zero points, corrections.
+        bytes_after: Everything stored for it: codes, scales, zero points, masks, corrections.  In
+            a dense file that is what they would take.
         bits: Width of a code; None if it keeps its dtype.
         stored_bits: Bits per weight, everything counted.
         method: What was done, in words.
@@ -52,21 +53,20 @@ class LayerRow:
         plan: LayerPlan,
         info: TensorInfo,
         *,
+        stored: int,
         error: float,
         density: float,
         notes: Sequence[str],
     ) -> "LayerRow":
-        """The row of a layer that a plan was carried out on."""
-        dtype_bits = info.dtype.itemsize * 8
-        stored = plan.stored_bits(layer, dtype_bits)
+        """The row of a layer that a plan was carried out on; `stored` is in bytes."""
         return cls(
             layer=layer.name,
             rows=layer.rows,
             width=layer.width,
             bytes_before=layer.count * info.dtype.itemsize,
-            bytes_after=round(layer.count * stored / 8),
+            bytes_after=stored,
             bits=plan.bits,
-            stored_bits=stored,
+            stored_bits=8 * stored / layer.count,
             method=" + ".join(id.partition("/")[2] for id, _ in plan.steps) or "none",
             density=density,
             rank=plan.rank,
@@ -80,7 +80,8 @@ class LayerRow:
     def untouched(cls, layer: Layer, info: TensorInfo) -> "LayerRow":
         """The row of a layer that a plan leaves as it is."""
         plan = LayerPlan(why="the plan leaves it as it is")
-        return cls.of(layer, plan, info, error=0.0, density=1.0, notes=())
+        stored = layer.count * info.dtype.itemsize
+        return cls.of(layer, plan, info, stored=stored, error=0.0, density=1.0, notes=())
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""

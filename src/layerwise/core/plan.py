@@ -12,6 +12,7 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
+from layerwise.core.typed import described, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class LayerPlan:
         return made
 
     def stored_bits(self, layer: Layer, dtype_bits: int) -> float:
-        """Bits per weight, everything counted that must be stored beside the bias."""
+        """Bits per weight of codes, grids and correction; a pruned weight counts like another."""
         group = self.group or layer.width
         groups = -(-layer.width // group)
         if self.bits is None:
@@ -92,12 +93,6 @@ class Plan:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
         return [catalogue.get(id) for id in sorted(ids)]
-
-    def average_bits(self, found: Structure, dtype_bits: int) -> float:
-        """Stored bits per weight over all planned layers."""
-        layers = [(found.layers[name], plan) for name, plan in self.layers.items()]
-        stored = sum(plan.stored_bits(layer, dtype_bits) * layer.count for layer, plan in layers)
-        return stored / sum(layer.count for layer, _ in layers)
 
 
 _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
@@ -134,7 +129,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     """
     try:
         # Built on SafeLoader: it makes plain data only.
-        content = yaml.load(file.read_text(), _Loader)
+        content = yaml.load(file.read_text(), StrictLoader)
     except FileNotFoundError:
         raise UserError(f"there is no plan {file}.", "`layerwise plan` writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -146,20 +141,23 @@ def read_plan(file: Path, found: Structure) -> Plan:
     known = {"model", "format", "budget", "options", "layers", "leave"}
     if unknown := content.keys() - known:
         raise UserError(
-            f"{file} has the unknown entries {sorted(unknown)}.", f"Known: {sorted(known)}."
+            f"{file} has the unknown entries {sorted(map(str, unknown))}.",
+            f"Known: {sorted(known)}.",
         )
-    options = content.get("options") or {}
-    if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+    options, format = content.get("options") or {}, content.get("format", "dense")
+    if not fits(options, Mapping[str, Mapping[str, Any]]):
         raise UserError(
             f"{file}: `options` is not a mapping of methods.",
             "Write quantize/gptq: {damping: 0.1}.",
         )
     # YAML reads a bare 1 as a number; names are text.
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
-    return Plan(layers, content.get("format", "dense"), options, str(content.get("budget", "")))
+    if not isinstance(format, str):
+        raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
+    return Plan(layers, format, options, str(content.get("budget", "")))
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -185,6 +183,8 @@ def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[
         if not matches:
             reason = found.left.get(pattern) or found.left.get(f"{pattern}.weight")
             why = f"which is left alone: {reason}" if reason else "but the model has no such layer"
+            if not reason and "[" in pattern:
+                why += " (a bracket stands for itself)"
             raise UserError(
                 f"{file} plans {pattern}, {why}.",
                 "`layerwise inspect MODEL` lists the layers.",
@@ -213,23 +213,16 @@ def _layer_plan(name: str, given: Any, file: Path) -> LayerPlan:
         raise UserError(f"{file}: {name} is not a mapping.", "Write name: {bits: 4, group: 32}.")
     if unknown := given.keys() - _FIELDS.keys():
         raise UserError(
-            f"{file}: {name} has the unknown fields {sorted(unknown)}.",
+            f"{file}: {name} has the unknown fields {sorted(map(str, unknown))}.",
             f"Known: {', '.join(_FIELDS)}.",
         )
     for field_name, value in given.items():
-        if not _fits(value, _FIELDS[field_name]):
-            kind = getattr(_FIELDS[field_name], "__name__", str(_FIELDS[field_name]))
+        if not fits(value, _FIELDS[field_name]):
             raise UserError(
-                f"{file}: {name} has {field_name}: {value!r}.", f"It is written as {kind}."
+                f"{file}: {name} has {field_name}: {value!r}.",
+                f"Write {described(_FIELDS[field_name])}.",
             )
     return LayerPlan(**given)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    # YAML writes 1.0 as 1, so a whole number will do where a fraction may stand.
-    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
 
 
 def check_plan(plan: Plan, found: Structure) -> None:
@@ -240,11 +233,7 @@ def check_plan(plan: Plan, found: Structure) -> None:
             different grids.
     """
     for id, options in plan.options.items():
-        method = catalogue.get(id)
-        if unknown := options.keys() - method.options.keys():
-            raise UserError(
-                f"{id} has no option {sorted(unknown)}.", f"It has {sorted(method.options)}."
-            )
+        _check_options(id, options)
     for name, layer_plan in plan.layers.items():
         _check_layer(name, layer_plan, found.layers[name])
         for id, _ in layer_plan.steps:
@@ -255,6 +244,22 @@ def check_plan(plan: Plan, found: Structure) -> None:
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 
 
+def _check_options(id: str, options: Mapping[str, Any]) -> None:
+    method = catalogue.get(id)
+    taken = {"bits", "group", "symmetric", "density", "rank"}  # a layer's own line says these
+    own = {name: option for name, option in method.options.items() if name not in taken}
+    if unknown := options.keys() - own.keys():
+        raise UserError(
+            f"{id} has no option {sorted(map(str, unknown))}.", f"It has {sorted(own)}."
+        )
+    for name, value in options.items():
+        default = own[name].default
+        if default is not None and not fits(value, type(default)):
+            raise UserError(
+                f"{id}: {name} is {value!r}.", f"Write {described(type(default))}, as {default!r}."
+            )
+
+
 def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
     widest = 16
     allowed = (
@@ -263,7 +268,16 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
             f"bits {plan.bits}",
             f"Bits go from 1 to {widest}.",
         ),
-        (0 < plan.density <= 1, f"density {plan.density}", "Density is above 0 and at most 1."),
+        (
+            plan.bits != 1 or not plan.symmetric,
+            "bits 1 with a symmetric grid, which has one value",
+            "Give 2 bits or more, or leave out the symmetry.",
+        ),
+        (
+            0 < plan.density <= 1 and round(plan.density * layer.count) > 0,
+            f"density {plan.density}",
+            "Density is at most 1, and keeps at least one weight.",
+        ),
         (
             0 <= plan.rank <= min(layer.rows, layer.width),
             f"rank {plan.rank}",

@@ -344,16 +344,22 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
             + (": its code is remote." if "auto_map" in source.config else "."),
             "Read that code, then add --trust-remote-code; or use methods that read weights alone.",
         )
-    config = transformers.AutoConfig.from_pretrained(
-        str(folder), trust_remote_code=trust_remote_code and known is None
-    )
-    with _without_storage():
-        if known is not None:
-            model = known._from_config(config, dtype=torch.float32)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=True
-            )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code and known is None
+        )
+        with _without_storage():
+            if known is not None:
+                model = known._from_config(config, dtype=torch.float32)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=True
+                )
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"transformers cannot build {source.label} from its config.json: {error}",
+            "Update transformers, or download the model again.",
+        ) from error
     return _prepared(model)
 
 
@@ -416,6 +422,13 @@ def _module_names(model: nn.Module, source: Source) -> _Names:
                 "config.json says.",
             )
     tensors = {name: [parts[order] for order in sorted(parts)] for name, parts in found.items()}
+    for name, parts in tensors.items():
+        given, wanted = source.tensors[parts[0]].shape, tuple(persistent[name].shape)
+        if len(parts) == 1 and given != wanted:
+            raise UserError(
+                f"{source.label}: {parts[0]} is {given}, and config.json makes it {wanted}.",
+                "The checkpoint and its config.json do not belong together: download both again.",
+            )
     shapes = {name: persistent[name].shape for name in tensors}
     return _Names(tensors, shapes, blocks)
 

@@ -1,16 +1,17 @@
-"""Weight-only work: tensors are read, transformed and written a slice at a time.
+"""Weight-only work: tensors are read and written one at a time, and the model is never built.
 
-The model is never built.  Memory holds one slice where the plan's methods treat rows apart, and
-one layer where they do not.
+Beside the tensor and its result, memory holds one slice of rows in float32 where the plan's
+methods treat rows apart, and the whole layer where they do not.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import transform
+from layerwise.core.apply import check_finite, transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
@@ -46,15 +47,9 @@ def stream(
     steps = _steps(list(source.tensors.values()))
     progress.stage("transform", len(steps))
     rows: list[LayerRow] = []
-    # A slice is too small to share among threads: they would only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for infos in steps:
-            rows += _step(source, infos, by_tensor, plan, format, staging)
-            progress.step(infos[0].name)
-    finally:
-        torch.set_num_threads(threads)
+    for infos in steps:
+        rows += _step(source, infos, by_tensor, plan, format, staging)
+        progress.step(infos[0].name)
     return rows
 
 
@@ -82,13 +77,20 @@ def _step(
 
 
 def copy_tensor(source: Source, info: TensorInfo, staging: Staging) -> None:
-    """Copy a tensor as it is, in slices."""
+    """Copy a tensor as it is, in slices.
+
+    Raises:
+        UserError: It holds NaN or infinity.
+    """
     if not info.shape or not info.count:
         staging.write(info.name, source.read(info.name))
         return
     rows = max(1, _COPY_BYTES * info.shape[0] // info.size)
     for start in range(0, info.shape[0], rows):
-        staging.write(info.name, source.read(info.name, start, start + rows), start)
+        part = source.read(info.name, start, start + rows)
+        if part.is_floating_point() and info.dtype.itemsize > 1:
+            check_finite(info.name, part)
+        staging.write(info.name, part, start)
 
 
 def _steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
@@ -116,21 +118,40 @@ def _transform_tensor(
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        for weight in matrix.split(_rows_at_once(layer, layer_plan, format)):
-            wide = weight.to(torch.float32, copy=True)
-            done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
-            slices.append(format.encode(done, info))
-            lost, energy = lost + done.lost, energy + done.energy
-            kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
-            notes |= dict.fromkeys(done.notes)
+        at_once = _rows_at_once(layer, layer_plan, format)
+        with _threads(1) if at_once < layer.rows else contextlib.nullcontext():
+            for weight in matrix.split(at_once):
+                wide = weight.to(torch.float32, copy=True)
+                done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
+                slices.append(format.encode(done, info))
+                lost, energy = lost + done.lost, energy + done.energy
+                kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
+                notes |= dict.fromkeys(done.notes)
         write_layer(layer, layer_plan, slices, format, staging)
         error = lost / energy if energy else 0.0
         rows.append(
             LayerRow.of(
-                layer, layer_plan, info, error=error, density=kept / layer.count, notes=tuple(notes)
+                layer,
+                layer_plan,
+                info,
+                stored=format.size(layer, layer_plan, info),
+                error=error,
+                density=kept / layer.count,
+                notes=tuple(notes),
             )
         )
     return rows
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Generator[None]:
+    """A slice is too small to share among threads: they would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_layer(

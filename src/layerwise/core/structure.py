@@ -103,7 +103,7 @@ def structure(source: Source) -> Structure:
     Raises:
         UserError: The model has no layer, or is stored quantized already.
     """
-    if "quantization_config" in source.config:
+    if source.config.get("quantization_config"):
         raise UserError(
             f"{source.label} is quantized already (its config.json has a quantization_config).",
             "Give the original checkpoint it was made from.",

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.families import POSITIONS, configured
 
 Text = str | Path | Sequence[str] | Tensor
 
@@ -60,7 +61,7 @@ def windows(
             f"{samples} windows of {length} tokens show nothing.",
             "Give at least one window of two tokens.",
         )
-    positions = source.config.get("max_position_embeddings")
+    positions = configured(source.config, POSITIONS)
     if positions and length > positions:
         raise UserError(
             f"windows of {length} tokens do not fit {source.label}, whose positions end at "
@@ -126,9 +127,13 @@ def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
             f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
             "Copy the tokenizer into the model's directory, or pass token ids from Python.",
         )
-    tokenizer = need("tokenizers", "reading text").Tokenizer.from_file(
-        str(folder / "tokenizer.json")
-    )
+    package = need("tokenizers", "reading text")
+    try:
+        tokenizer = package.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the package raises no narrower one
+        raise UserError(
+            f"{folder / 'tokenizer.json'} cannot be read: {error}", "Download it again."
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch(list(documents))

@@ -246,6 +246,7 @@ def _write_block(
                 result.layer,
                 result.plan,
                 info,
+                stored=format.size(result.layer, result.plan, info),
                 error=result.error,
                 density=density,
                 notes=result.notes,

@@ -16,6 +16,7 @@ from torch import Tensor
 from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import STEM, Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.format import packed_size
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE
 from layerwise.core.structure import Layer, Structure
@@ -58,6 +59,10 @@ class CompressedTensors:
             made.append(TensorInfo(f"{layer.name}.weight_zero_point", torch.int32, shape))
         return made
 
+    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
+        """Everything stored for it."""
+        return packed_size(self, layer, plan, info)
+
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """Pack a layer's codes, or rows of them (32 at a time, so that zero points fill words)."""
         quantized, name = done.quantized, done.layer.name
@@ -79,10 +84,12 @@ class CompressedTensors:
         return {f"{layer.name}.weight_shape": torch.tensor([layer.rows, layer.width])}
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The codes' own values: a loader that computes in float32 adds no rounding."""
+        """The codes' own values; a loader that computes in float32 rounds those of experts only."""
         if done.quantized is None:
             return done.weight.to(dtype).float()
-        return done.quantized.grid_values()
+        values = done.quantized.grid_values()
+        # transformers joins a block's experts to one tensor, which it holds in the scales' dtype.
+        return values.to(SCALE_DTYPE).float() if "experts." in done.layer.name else values
 
     def whole(self, plan: LayerPlan) -> bool:
         """Never: any rows can be encoded by themselves."""
@@ -103,7 +110,7 @@ class CompressedTensors:
             else:
                 grids.setdefault((layer.bits, layer.group, layer.symmetric), []).append(name)
         groups = {
-            f"group_{number}": _scheme(grid, ["Linear"] if len(grids) == 1 else names)
+            f"group_{number}": _scheme(grid, names)
             for number, (grid, names) in enumerate(grids.items())
         }
         return {

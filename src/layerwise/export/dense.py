@@ -26,6 +26,10 @@ class Dense:
         """The same tensor."""
         return [info]
 
+    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
+        """What the codes and grids of the plan would take: the tensor itself keeps its size."""
+        return -int(-layer.count * plan.stored_bits(layer, info.dtype.itemsize * 8) // 8)
+
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """The matrix as its tensor lies, rounded to the checkpoint's dtype."""
         return {info.name: done.layer.store(_stored(done).to(info.dtype), (-1, *info.shape[1:]))}

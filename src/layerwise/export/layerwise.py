@@ -17,6 +17,7 @@ from torch.nn import functional
 from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import Checkpoint, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.format import packed_size
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE, Quantized
 from layerwise.core.structure import Layer, Structure
@@ -72,6 +73,10 @@ class Layerwise:
             made.append(TensorInfo(f"{name}.left", info.dtype, (layer.rows, plan.rank)))
             made.append(TensorInfo(f"{name}.right", info.dtype, (plan.rank, layer.width)))
         return made
+
+    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
+        """Everything stored for it."""
+        return packed_size(self, layer, plan, info)
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """A layer as those tensors."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -67,7 +68,7 @@ def compress(
         progress: Is told of the stages.
         plan: A plan, or the file of one.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
-        device: Where the block at work is put.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
         recipe: How this run was asked for; written beside the output.
@@ -77,7 +78,7 @@ def compress(
         RuntimeError: What was written does not answer as the model in memory did.
     """
     begun, used = time.perf_counter(), memory.cpu_seconds()
-    target = Path(out)
+    target = Path(os.path.abspath(Path(out).expanduser()))  # "new/.." is no place for an output
     check_target(target)
     source = open_source(model)
     found = structure(source)
@@ -95,10 +96,7 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     if ready is None:
-        calibration = prepared.calibration
-        ready = make_plan(
-            source, found, wish, prepared.runner, calibration.ids if calibration else None, progress
-        )
+        ready = make_plan(prepared, wish, progress)
     arrangement = check(prepared, ready)
     check_disk(target, arrangement.size)
     foreseen = foresee(prepared, ready, arrangement.size)
@@ -263,13 +261,11 @@ def _prove(
 def _notes(prepared: Prepared, plan: Plan) -> list[str]:
     notes: list[str] = []
     if prepared.heldout is None:
-        notes.append(
-            "not proven: the model was not run. `layerwise evaluate OUT --against MODEL` compares."
-        )
+        notes.append("not proven: the model was not run on a text after it was made")
     if plan.format == "dense" and any(p.bits is not None for p in plan.layers.values()):
         notes.append(
             "a dense file keeps its size whatever the bits; --format compressed-tensors packs them"
         )
-    if any(layer.density < 1 for layer in plan.layers.values()):
-        notes.append("pruned weights are stored as zeros: no format here leaves them out")
+    if plan.format != "layerwise" and any(p.density < 1 for p in plan.layers.values()):
+        notes.append("pruned weights are stored as zeros; --format layerwise leaves them out")
     return notes

@@ -17,6 +17,8 @@ from layerwise.core.extras import need
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison
 
+_BATCH_TOKENS = 4096
+
 
 def compare(
     ids: Tensor, after: Iterable[Tensor], before: Iterable[Tensor] | None, text: str
@@ -48,6 +50,10 @@ def compare(
             totals[3] += (scored.argmax(dim=-1) == reference.argmax(dim=-1)).sum()
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     entropy, entropy_before, divergence_sum, agreed = (totals / tokens).tolist()
+    if not math.isfinite(entropy):
+        raise UserError(
+            "the model answers NaN or infinity.", "Its weights are damaged: use another checkpoint."
+        )
     if before is None:
         return Comparison(tokens, math.exp(entropy), None, None, None, text)
     return Comparison(
@@ -70,7 +76,7 @@ def load(
         trust_remote_code: Let it bring its own Python.
 
     Raises:
-        UserError: It is no such directory, or a package it needs is missing.
+        UserError: It is no such directory, lacks a weight, or a package it needs is missing.
     """
     folder = str(source.folder)
     transformers = need("transformers", "loading a model")
@@ -88,17 +94,32 @@ def load(
             "Read that code, then add --trust-remote-code (files in layerwise's own format need "
             "a class of transformers).",
         )
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     with _without_bars():
         if known is None or (causal and state is None):
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         elif state is None:
-            model = known.from_pretrained(folder, **options)
+            loaded = known.from_pretrained(folder, **options)
         else:
             config = known.config_class.from_pretrained(folder)
             del config.quantization_config
-            model = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
+            loaded = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(
+            f"{source.label} lacks {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}, "
+            "which transformers would fill with random numbers.",
+            "Download it again: the checkpoint is not whole, or its config.json is another's.",
+        )
+    # Experts of a compressed checkpoint are joined in the dtype of their scales, whatever is asked.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
@@ -118,9 +139,9 @@ def need_packages(format: Format, purpose: str) -> None:
         need(package, purpose)
 
 
-def answers(model: Any, ids: Tensor, batch: int = 16) -> Iterator[Tensor]:
-    """Logits of a loaded model, batch after batch."""
-    for part in ids.split(batch):
+def answers(model: Any, ids: Tensor) -> Iterator[Tensor]:
+    """Logits of a loaded model, batch after batch of at most `_BATCH_TOKENS`."""
+    for part in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
         with torch.no_grad(), _without_bars():
             found = model(part).logits
         # Yielded outside: a generator left half-way must not hold the caller's grad mode.

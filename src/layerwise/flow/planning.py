@@ -4,17 +4,19 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
+from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
-from layerwise.core.runner import Runner
 from layerwise.core.structure import Layer, Structure
+from layerwise.core.typed import described, fits
+from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.survey import Survey, for_layer, survey
 
 LEVELS = (2, 3, 4, 8)
@@ -61,6 +63,23 @@ class Wish:
     measure: str = "lim"
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+
+    def __post_init__(self) -> None:
+        """Refuse what is not written as it must be.
+
+        Raises:
+            UserError: It names the field.
+        """
+        for name, kind in get_type_hints(Wish).items():
+            if not fits(given := getattr(self, name), kind):
+                raise UserError(f"{name} is {given!r}.", f"Write {described(kind)}.")
+        if self.budget:
+            budget_amount(self.budget)
+        if self.budget and self.bits is not None:
+            raise UserError(
+                f"bits {self.bits} and a budget of {self.budget} are asked for at once.",
+                "Leave one out: a budget chooses the bits of each layer.",
+            )
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width."""
@@ -133,35 +152,42 @@ class _Market:
     labels: Sequence[str]
 
 
-def make_plan(
-    source: Source,
-    found: Structure,
-    wish: Wish,
-    runner: Runner | None,
-    calibration: torch.Tensor | None,
-    progress: Progress,
-) -> Plan:
+def make_plan(prepared: Prepared, wish: Wish, progress: Progress) -> Plan:
     """Turn a wish into a plan.
 
     Raises:
-        UserError: The wish asks for nothing, or for less than the lowest levels take.
+        UserError: The wish asks for nothing, for less than the lowest levels take, or for a level
+            that `check` would refuse: all of it before any layer is looked at.
     """
+    source, found = prepared.source, prepared.found
     wish = wish.fitted(found)
     allocator = wish.allocator()
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")
         layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
         return Plan(layers, wish.format, wish.options)
-    market = _widths(wish, source, found) if wish.budget else _densities(wish, found, allocator)
+    market = _widths(wish, prepared) if wish.budget else _densities(wish, prepared, allocator)
+    if market.budget < (least := sum(int(cost[0]) for cost in market.costs)):
+        share = 8 / sum(layer.count for layer in found.layers.values())
+        given, lowest = (
+            (f"{market.budget * share:.3f} bits per weight", f"{least * share:.3f}")
+            if wish.budget
+            else (f"{market.budget} weights", str(least))
+        )
+        raise UserError(
+            f"the budget leaves {given} for the layers, and the lowest levels take {lowest}.",
+            "Give more, or allow lower levels (--levels).",
+        )
     measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
-    tried = market.levels if "errors" in allocator.evidence else []
+    comparing = any("approximation" in measure.evidence for measure in measures)
+    tried = market.levels if "errors" in allocator.evidence else market.levels[: int(comparing)]
     looked = Survey({}, {})
     if tried or measures:
         looked = survey(
             source,
             found,
-            runner,
-            calibration,
+            prepared.runner,
+            prepared.calibration.ids if prepared.calibration else None,
             levels=tried,
             options=wish.options,
             measures=measures,
@@ -179,23 +205,64 @@ def make_plan(
     return Plan(ordered, wish.format, wish.options, wish.budget)
 
 
-def _widths(wish: Wish, source: Source, found: Structure) -> _Market:
+def _widths(wish: Wish, prepared: Prepared) -> _Market:
     """Widths, in stored bytes; layers that a server fuses are one item."""
+    found, format = prepared.found, export.get(wish.format)
     levels = [wish.level(bits) for bits in sorted(wish.levels)]
-    items = found.items()
-    costs = [torch.tensor([_item_bytes(item, level, source) for level in levels]) for item in items]
+    overhead = max(check_level(prepared, wish, level) for level in levels)
+    items = _items(wish, found)
+
+    def size(layer: Layer, level: LayerPlan) -> int:
+        info = prepared.source.tensors[layer.tensor]
+        return format.size(layer, for_layer(level, layer), info)
+
+    costs = [
+        torch.tensor([sum(size(layer, level) for layer in item) for level in levels])
+        for item in items
+    ]
     labels = [f"{level.bits} bits" for level in levels]
-    return _Market(items, levels, costs, budget_bytes(wish.budget, source, found), labels)
+    return _Market(items, levels, costs, budget_bytes(wish, prepared, overhead), labels)
 
 
-def _densities(wish: Wish, found: Structure, allocator: catalogue.Method) -> _Market:
-    """Densities, in weights that are kept; every layer is an item."""
+def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> int:
+    """Refuse a level that a layer cannot have.
+
+    Returns:
+        Bytes of the files beside their tensors, if every layer had it.
+
+    Raises:
+        UserError: See `check`.
+    """
+    found = prepared.found
+    layers = {name: for_layer(level, layer) for name, layer in found.layers.items()}
+    plan = Plan(layers, wish.format, wish.options)
+    arrangement = check(prepared, plan)
+    return arrangement.size - sum(slot.info.size for slot in arrangement.slots.values())
+
+
+def _items(wish: Wish, found: Structure) -> list[list[Layer]]:
+    """Layers that must get the same width: those a server fuses, or a method scales together."""
+    together = wish.bits is not None or bool(wish.budget)
+    if not together or catalogue.get(f"quantize/{wish.method}").rows != "input":
+        return found.items()
+    grouped: dict[str, list[Layer]] = {}
+    for layer in found.layers.values():
+        grouped.setdefault(layer.reads if layer.feeder else layer.fused, []).append(layer)
+    return list(grouped.values())
+
+
+def _densities(wish: Wish, prepared: Prepared, allocator: catalogue.Method) -> _Market:
+    """Densities, in weights that are kept; layers are free of each other, if methods let them."""
+    found = prepared.found
     steps = COARSE if {"errors", "scores"}.intersection(allocator.evidence) else FINE
     densities = [step / steps for step in range(1, steps + 1)]
     levels = [replace(wish.level(wish.bits), density=density) for density in densities]
-    items = [[layer] for layer in found.layers.values()]
-    costs = [(torch.arange(1, steps + 1) * item[0].count) // steps for item in items]
-    budget = int(wish.density * sum(item[0].count for item in items))
+    check_level(prepared, wish, levels[0])
+    scaled = wish.bits is not None and catalogue.get(f"quantize/{wish.method}").rows == "input"
+    items = _items(wish, found) if scaled else [[layer] for layer in found.layers.values()]
+    counts = [sum(layer.count for layer in item) for item in items]
+    costs = [(torch.arange(1, steps + 1) * count) // steps for count in counts]
+    budget = int(wish.density * sum(counts))
     return _Market(items, levels, costs, budget, [f"density {d:g}" for d in densities])
 
 
@@ -236,14 +303,11 @@ class _Lazy(Sequence[torch.Tensor]):
         return self._makers[place]()
 
 
-def budget_bytes(budget: str, source: Source, found: Structure) -> int:
-    """What a budget leaves for the planned layers, in bytes.
-
-    "3.5bits" counts everything stored for the planned layers, scales and zero points included;
-    "40%" and "1.2GiB" are of the whole files, of which what is left alone takes its part first.
+def budget_amount(budget: str) -> tuple[float, str]:
+    """A budget's number and its unit.
 
     Raises:
-        UserError: It is not written as one of these.
+        UserError: It is not written as one.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bits?|%|[KMG]?i?B)\s*", budget)
     unit = match[2] if match else ""
@@ -251,11 +315,30 @@ def budget_bytes(budget: str, source: Source, found: Structure) -> int:
         raise UserError(
             f"{budget!r} is not a budget.", "Write it as 3.5bits, 40% or 1.2GiB (also MB, GB, MiB)."
         )
-    amount = float(match[1])
+    return float(match[1]), unit
+
+
+def budget_bytes(wish: Wish, prepared: Prepared, overhead: int) -> int:
+    """What a budget leaves for the planned layers, in bytes.
+
+    "3.5bits" counts everything stored for the planned layers, scales and zero points included;
+    "40%" and "1.2GiB" are of the whole files, of which their headers and what is left alone take
+    their part first.
+
+    Raises:
+        UserError: The format does not get smaller, or what is left alone takes more.
+    """
+    budget, source, found = wish.budget, prepared.source, prepared.found
+    amount, unit = budget_amount(budget)
     if unit.startswith("bit"):
         return int(amount * sum(layer.count for layer in found.layers.values()) / 8)
-    everything = sum(info.size for info in source.tensors.values())
-    alone = sum(source.tensors[name].size for name in found.left)
+    if wish.format == "dense":
+        raise UserError(
+            f"a budget of {budget} is one of files, and dense files keep their size.",
+            "Add --format compressed-tensors or --format layerwise, or give a budget in bits.",
+        )
+    everything = source.size
+    alone = overhead + sum(source.tensors[name].size for name in found.left)
     wanted = everything * amount / 100 if unit == "%" else amount * _UNITS[unit]
     if wanted < alone:
         raise UserError(
@@ -264,14 +347,6 @@ def budget_bytes(budget: str, source: Source, found: Structure) -> int:
             f"Give more than {100 * alone / everything:.0f}%.",
         )
     return int(wanted - alone)
-
-
-def _item_bytes(item: Sequence[Layer], level: LayerPlan, source: Source) -> int:
-    bits = sum(
-        level.stored_bits(layer, source.tensors[layer.tensor].dtype.itemsize * 8) * layer.count
-        for layer in item
-    )
-    return -int(-bits // 8)
 
 
 def _explained(

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from layerwise import builtin, export
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.forecast import Forecast, forecast
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
@@ -71,6 +73,7 @@ def prepare(
         UserError: A text that a method needs is not there, the model cannot run, or what loads
             `format` back for the proof is not installed.
     """
+    device = _device(device)
     needy = [method.id for method in methods if method.needs == "calibration"]
     text = texts.calibration
     if text is None and source.label == builtin.NAME:
@@ -82,10 +85,7 @@ def prepare(
             "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
         )
     if isinstance(source, ModuleSource):
-        inputs = text if isinstance(text, Tensor) else None
-        given = Windows(inputs, "tensor") if inputs is not None else None
-        runner = Runner(source, found, device=device) if given else None
-        return Prepared(source, found, runner, given if needy else None, given)
+        return _prepared_module(source, found, texts, bool(needy), proof, device)
     proving = _proving(source, proof)
     if proving and format is not None:
         need_packages(format, "the proof (or give --proof none)")
@@ -99,8 +99,46 @@ def prepare(
     return Prepared(source, found, runner, calibration, heldout)
 
 
+def _device(name: str) -> str:
+    there = torch.cuda.is_available()
+    if name not in ("cpu", "cuda", "auto"):
+        raise UserError(f"there is no device {name!r}.", "Give cpu, cuda or auto.")
+    if name == "cuda" and not there:
+        raise UserError("there is no CUDA device here.", "Use --device auto or --device cpu.")
+    return "cuda" if there and name != "cpu" else "cpu"
+
+
+def _prepared_module(
+    source: ModuleSource, found: Structure, texts: Texts, needy: bool, proof: Proving, device: str
+) -> Prepared:
+    """A module takes tensors as they are; without others, calibration inputs prove the files."""
+    given = {"calibration": texts.calibration, "text": texts.heldout}
+    for name, text in given.items():
+        if text is not None and not isinstance(text, Tensor):
+            raise UserError(
+                f"{name} is a {type(text).__name__}, and a module in memory takes tensors.",
+                "Give a batch of what the module is called with.",
+            )
+    calibration, heldout = (
+        Windows(text, f"the {name} tensor") if isinstance(text, Tensor) else None
+        for name, text in given.items()
+    )
+    shown = None if proof == "none" else heldout or calibration
+    runs = shown is not None or (needy and calibration is not None)
+    runner = Runner(source, found, device=device) if runs else None
+    return Prepared(source, found, runner, calibration if needy else None, shown)
+
+
 def _proving(source: Source, proof: Proving) -> bool:
-    return proof == "logits" or (proof == "auto" and bool(source.config) and _readable(source))
+    architecture = (source.config.get("architectures") or [""])[0]
+    answers = architecture.endswith(LANGUAGE_MODELS)
+    if proof == "logits" and not answers:
+        raise UserError(
+            f"{source.label} is a {architecture or 'model of unknown class'}, which does not "
+            "answer a text with logits over its vocabulary.",
+            "Give --proof none, and compare the result in your own way.",
+        )
+    return proof == "logits" or (proof == "auto" and answers and _readable(source))
 
 
 def _readable(source: Source) -> bool:

@@ -15,10 +15,8 @@ from layerwise.core.evidence import calibrated_words
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import gather
-
-BLOCK_WORDS = frozenset({"inputs", "outputs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,14 @@ def survey(
         )
     of_layers = [m for m in measures if m.unit == "layer"]
     of_blocks = [m for m in measures if m.unit == "block"]
-    words = calibrated_words([*tried, *of_layers])
+    running = [m.id for m in of_blocks if m.needs == "calibration"]
+    if running and runner and runner.whole:
+        raise UserError(
+            f"{running[0]} compares what goes into a block with what comes out, and "
+            f"{source.label} runs as a whole, not block by block.",
+            "Use a measure of layers, such as error or weight_error.",
+        )
+    words = calibrated_words([*tried, *of_layers]) | ({"gram"} if levels else frozenset[str]())
     runs = runner is not None and calibration is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
@@ -82,23 +87,20 @@ def survey(
         after = None
         evidence: Mapping[str, Mapping[str, Any]] = {}
         if runner and hidden is not None:
-            evidence = gather(runner, block, layers, words | {"gram"}, hidden)
+            evidence = gather(runner, block, layers, words, hidden)
             after = runner.forward(block, hidden, {})
         weights = {layer.name: _weight(source, layer) for layer in layers}
         for method in of_blocks:
             given = _block_evidence(method, list(weights.values()), hidden, after)
             value = float(method.run(**given))
             scores[method.name] |= dict.fromkeys(weights, value)
-        groups: dict[str, list[Layer]] = {}
-        for layer in layers:
-            groups.setdefault(layer.reads, []).append(layer)
-        for reads, group in groups.items():
+        for reads, group in by_input(layers).items():
             seen = evidence.get(reads, {})
             chosen = [weights[layer.name] for layer in group]
-            found_errors = _errors(group, chosen, seen, levels, options)
-            errors |= found_errors
+            lost, first = _errors(group, chosen, seen, levels, options)
+            errors |= lost
             for method in of_layers:
-                _score(method, group, chosen, seen, levels, options, scores[method.name])
+                scores[method.name] |= _scores(method, group, chosen, seen, first)
         hidden = after
         progress.step(block)
     return Survey(errors, scores)
@@ -106,7 +108,7 @@ def survey(
 
 def _weight(source: Source, layer: Layer) -> Tensor:
     weight = layer.matrix(source.read(layer.tensor)).to(torch.float32, copy=True).contiguous()
-    check_finite(layer.name, weight)
+    check_finite(layer.tensor, weight)
     return weight
 
 
@@ -116,33 +118,36 @@ def _errors(
     evidence: Mapping[str, Any],
     levels: Sequence[LayerPlan],
     options: Mapping[str, Mapping[str, Any]],
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], list[Tensor]]:
+    """The error of each layer at each level, and what the first level makes of each weight."""
     errors: dict[str, list[float]] = {layer.name: [] for layer in group}
-    for level in levels:
+    first: list[Tensor] = []
+    for number, level in enumerate(levels):
         plans = [for_layer(level, layer) for layer in group]
-        for done in transform(group, weights, evidence, plans, options):
-            errors[done.layer.name].append(done.error)
-    return errors
+        done = transform(group, weights, evidence, plans, options)
+        for one in done:
+            errors[one.layer.name].append(one.error)
+        if not number:
+            first = [one.weight for one in done]
+    return errors, first
 
 
-def _score(
+def _scores(
     method: catalogue.Method,
     group: Sequence[Layer],
     weights: Sequence[Tensor],
     evidence: Mapping[str, Any],
-    levels: Sequence[LayerPlan],
-    options: Mapping[str, Mapping[str, Any]],
-    scores: dict[str, float],
-) -> None:
+    first: Sequence[Tensor],
+) -> dict[str, float]:
     given: dict[str, Any] = {word: evidence[word] for word in method.evidence if word in evidence}
-    plans = [for_layer(levels[0], layer) for layer in group] if levels else []
+    scores: dict[str, float] = {}
     for number, (layer, weight) in enumerate(zip(group, weights, strict=True)):
         if "weight" in method.evidence:
             given["weight"] = weight
         if "approximation" in method.evidence:
-            done = transform([layer], [weight], evidence, [plans[number]], options)
-            given["approximation"] = done[0].weight
+            given["approximation"] = first[number]
         scores[layer.name] = float(method.run(**given))
+    return scores
 
 
 def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:

@@ -27,16 +27,17 @@ def error(
 
         ||E X||^2 / ||W X||^2 = trace(E gram E^T) / trace(W gram W^T)
 
-    0 is a perfect approximation and 1 is as bad as answering nothing.
-
     Unlike the paper, which minimizes the error itself, it is taken relative to the
     layer's own outputs.  A layer that answers 0 has nothing to be relative to: any error in it
-    counts as 1.
+    counts as 1.  On inputs that were never seen there is no error: it counts as 0.
 
     Args:
         weight: The layer before it was approximated.
         approximation: What stands in its place.
         gram: Mean of x x^T over tokens.
+
+    Returns:
+        Share of the output's energy, higher for more damage; 0 is perfect, 1 as bad as no answer.
     """
     before, second_moment = weight.double(), gram.double()
     change = before - approximation.double()

@@ -17,8 +17,7 @@ def weight_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "
         ||E||^2 / ||W||^2
 
     This is the output error for inputs that are equally large and uncorrelated, and what there
-    is to go by without calibration data.  0 is a perfect approximation and 1 is as bad as no
-    weights at all.
+    is to go by without calibration data.
 
     Unlike the paper, which minimizes the error itself, it is taken relative to the layer's own
     weights.  A layer of zeros has nothing to be relative to: any error in it counts as 1.
@@ -26,6 +25,9 @@ def weight_error(weight: Float[Tensor, "out in"], approximation: Float[Tensor, "
     Args:
         weight: The layer before it was approximated.
         approximation: What stands in its place.
+
+    Returns:
+        Share of the weight's energy, higher for more damage; 0 is perfect, 1 as bad as no weights.
     """
     before = weight.double()
     missed = (before - approximation.double()).square().sum()

@@ -33,6 +33,9 @@ def zd(weights: Sequence[Float[Tensor, "..."]]) -> float:
 
     Args:
         weights: The block's linear layers, one tensor each; read three times, one at a time.
+
+    Returns:
+        Share of the weights, negated, from -1 to 0 (none stands out); higher is more important.
     """
     size = sum(weight.numel() for weight in weights)
     mean = sum(float(weight.sum(dtype=torch.float64)) for weight in weights) / size

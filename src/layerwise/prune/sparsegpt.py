@@ -1,5 +1,6 @@
 """SparseGPT: prune column by column, and let the columns to the right make up for it."""
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,10 +11,14 @@ from torch import Tensor
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Pruned
+from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import pruner
 from layerwise.prune._mask import check_density, keep_highest
 
 _SOURCE = "Wanda README: LLaMA2-7B at 50%, perplexity 6.51 against 14.89 (dense 5.12)"
+
+# Dampings to try, each ten times the last.
+_TRIES = 8
 
 
 @pruner(
@@ -44,7 +49,8 @@ def sparsegpt(
     by the optimal brain surgeon's update; as every row visits the columns in the same order,
     one triangular factor of the inverse Hessian serves all rows:
 
-        H = gram + damping * mean(diag gram) * I = R R^T ,   U = R^-1 upper triangular
+        H = gram + damping * mean(diag gram over live inputs) * I = R R^T
+        U = R^-1 upper triangular
         removed where W_ij^2 / U_jj^2 is lowest
         W_i,j: -= W_ij / U_jj * U_j,j:
 
@@ -57,8 +63,10 @@ def sparsegpt(
     which is the same update without the inverse of H.  That factor is made in float64.
 
     Unlike the paper, a column whose input is always zero is not set to zero: it scores 0, so it
-    goes first and counts towards the density.  The paper does not say how to round: blocks
-    share the rounding so that the layer keeps round(density * out * in).
+    goes first and counts towards the density.  Unlike the authors' code, which sets the diagonal
+    of dead inputs to 1 before it takes the mean, they have no part in the mean.  The paper does
+    not say how to round: blocks share the rounding so that the layer keeps
+    round(density * out * in).
 
     Args:
         weight: Layer to prune.
@@ -66,19 +74,26 @@ def sparsegpt(
         density: Fraction of weights to keep, in (0, 1].
         among: Choose within windows of this many consecutive inputs of a row, instead of
             blocks: density 0.5 among 4 is the 2:4 pattern.  0 for blocks.
-        damping: Added to the Hessian's diagonal, as a fraction of the diagonal's mean; ten
-            times more, and a note, as often as it will not factor.
+        damping: Added to the diagonal, as a fraction of its mean over live inputs; ten times
+            more, and a note, as often as H does not factor.
         block: Columns that share one choice.
 
     Raises:
-        UserError: The density cannot be met, or the Hessian does not factor.
+        UserError: An option is out of range, a statistic is NaN or infinite, or H does not
+            factor.
     """
     check_density(density, weight.shape[1], among)
+    if not 0 < damping < math.inf or block < 1:
+        raise UserError(
+            f"damping is {damping}, block is {block}.",
+            "Give a finite damping above 0, block 1 or more.",
+        )
+    check_statistics(gram)
     # float64 weights, which only tests have, stay float64.
     before = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    factor, notes = _factor(gram.double(), damping)
+    dead = gram.diagonal() <= 0
+    factor, notes = _factor(gram.double(), dead, damping)
     factor = factor.to(before.dtype)
-    dead = gram.diagonal() == 0
     change, kept = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.bool)
     for columns in _slices(weight.shape[1], among or block):
         diagonal_block = factor[columns, columns]
@@ -126,23 +141,24 @@ def _sweep(
 
 
 def _factor(
-    gram: Float[Tensor, "in in"], damping: float
+    gram: Float[Tensor, "in in"], dead: Bool[Tensor, " in"], damping: float
 ) -> tuple[Float[Tensor, "in in"], tuple[str, ...]]:
-    """The upper triangular R with R R^T = H, and a note where more damping was needed."""
+    """The upper triangular R with R R^T = H, and notes on what it took."""
     diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    hessian = gram + torch.diag((diagonal == 0).to(gram.dtype))
-    notes = () if diagonal.any() else ("no input was seen: pruned by magnitude",)
-    used = damping
-    for _ in range(8):
-        damped = hessian + used * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        # Cholesky's factor is lower triangular; reversed rows and columns make it upper.
-        lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(damped.flip(0, 1)))
+    notes = ("no input was seen: pruned by magnitude",) if dead.all() else ()
+    energy = 1.0 if dead.all() else float(diagonal[~dead].mean())
+    # Reversing both axes turns the lower factor L L^T into the upper one, R R^T.
+    damped = gram.flip(0, 1)
+    # Alone on the diagonal, a dead input takes no error and passes none on.
+    diagonal = diagonal.masked_fill(dead, energy).flip(0)
+    for power in range(_TRIES):
+        used = damping * 10**power
+        damped.diagonal().copy_(diagonal + used * energy)
+        lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(damped))
         if not failed:
-            return lower.flip(0, 1), notes
-        used = max(10 * used, 1e-4)
-        notes = (f"damping {used:g} instead of {damping:g}: the Gram matrix did not factor",)
+            raised = f"damping raised to {used:g}, for a gram matrix not positive definite"
+            return lower.flip(0, 1), (*notes, raised) if power else notes
     raise UserError(
-        f"the Gram matrix does not factor, even with damping {used:g}.",
-        "Look for NaN or infinity in the calibration inputs, or use a method without one.",
+        f"the gram matrix does not factor, even with damping {damping * 10 ** (_TRIES - 1):g}.",
+        "Give a higher damping, or use a method that reads no gram matrix.",
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.results import Pruned
+from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import pruner
 from layerwise.prune._mask import check_density, keep_highest
 
@@ -46,15 +47,16 @@ def wanda(
 
     Args:
         weight: Layer to prune.
-        gram: Mean of x x^T over tokens; only its diagonal is read.
+        gram: Mean of x x^T over tokens; only its diagonal counts.
         density: Fraction of weights to keep, in (0, 1].
         among: Compare only within windows of this many consecutive inputs of a row: density
             0.5 among 4 is the 2:4 pattern.  0 compares the whole row.
 
     Raises:
-        UserError: The density cannot be met.
+        UserError: The density cannot be met, or a statistic is NaN or infinite.
     """
     check_density(density, weight.shape[1], among)
+    check_statistics(gram)
     norm = gram.diagonal().float().clamp(min=0).sqrt()  # (in,)
     notes: tuple[str, ...] = ()
     if not norm.any():

@@ -6,14 +6,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerwise.core.errors import UserError
-from layerwise.core.results import Quantized
+from layerwise.core.results import SCALE_DTYPE, Quantized
 
 MOST_BITS = 16
-
-# What a scale is stored as, whatever the weight's dtype.  It has the range of float32, so no
-# layer overflows it; picking a dtype by the values would make one row depend on another.  Its
-# eight significant bits are exact in float16 too, so float16 checkpoints can hold the same scales.
-SCALE_DTYPE = torch.bfloat16
 
 
 def check_grid(weight: Float[Tensor, "out in"], bits: int, group: int) -> None:

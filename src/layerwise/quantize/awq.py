@@ -9,6 +9,7 @@ from torch import Tensor
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
+from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import nearest
 
@@ -27,7 +28,6 @@ _SOURCE = "abstract: less error than rounding where a few inputs are large, LLMs
         Claim("rtn", "bytes-wikitext-outliers/quantize", {"bits": 4, "group": 64}, 0.6, _SOURCE),
         Claim("rtn", "bytes-wikitext-outliers/quantize", {"bits": 3, "group": 64}, 0.15, _SOURCE),
     ),
-    exempt={},
     rows="input",
 )
 def awq(
@@ -57,7 +57,9 @@ def awq(
 
     Unlike the paper, the error is that of this matrix rather than of its whole attention or MLP
     module, and weights are not clipped before they are rounded.  Unlike the authors' code, an
-    input that calibration never saw is scaled like the faintest one that it did see.
+    input that calibration never saw is scaled like the faintest one that it did see.  Unlike the
+    authors' code, inputs come from blocks that are already transformed, unless the caller gives
+    others.
 
     Args:
         weight: All the layers that read one input, stacked by rows.
@@ -76,11 +78,7 @@ def awq(
     """
     if grid < 1:
         raise UserError(f"grid is {grid}.", "Give the number of exponents to try, 1 or more.")
-    if not bool(gram.isfinite().all() & magnitude.isfinite().all()):
-        raise UserError(
-            "the calibration statistics hold NaN or infinity.",
-            "Calibrate in float32, on text the model reads without overflow.",
-        )
+    check_statistics(gram, magnitude)
     original, gram, magnitude = weight.float(), gram.float(), magnitude.float()
 
     best = nearest(original, bits, group, symmetric)

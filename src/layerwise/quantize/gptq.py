@@ -1,5 +1,6 @@
 """GPTQ: round input by input, and let the inputs to come absorb each rounding error."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
+from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, fit_clipped, pack
 
@@ -17,6 +19,8 @@ from layerwise.quantize._grid import by_group, check_grid, fit_clipped, pack
 _BLOCK = 128
 # Two numbers of this many bits, multiplied and summed over a block, fit the 53 of a float64.
 _EXACT_BITS = 23
+# Dampings to try, each ten times the last.
+_TRIES = 8
 
 _SOURCE = "table in the authors' README: LLaMA-7B at 4 bits, and at 3 bits in groups of 128"
 _SYMMETRIC = {"group": 32, "symmetric": True}
@@ -57,13 +61,14 @@ def gptq(
         W[:, k] -= e_j U_jk                for every k > j                        (eq. 2)
 
     where U is the upper Cholesky factor of H^-1 = U^T U (algorithm 1) and H is the gram matrix
-    plus `damping` times its mean diagonal.  The loss that is left is the sum of e_j^2.
-    H^-1 is never formed: where H = R R^T with R upper triangular, U = R^-1.
+    plus `damping` times the mean of its diagonal over live inputs.  The loss that is left is the
+    sum of e_j^2.  H^-1 is never formed: where H = R R^T with R upper triangular, U = R^-1.
 
     Unlike the authors' code, a grid is fitted to all corrections made so far, so that nothing
     depends on how columns are blocked; and its range is the one that loses least when columns
     weigh 1 / U_jj^2, as they do in the loss.  Unlike the authors' code, weights of an input that
-    calibration never saw are rounded to nearest, not set to zero.
+    calibration never saw are rounded to nearest, not set to zero.  Unlike the authors' code, which
+    sets the diagonal of dead inputs to 1 before it takes the mean, they have no part in the mean.
 
     Args:
         weight: Layer to quantize.
@@ -71,8 +76,8 @@ def gptq(
         bits: Width of a code, from 1 to 16.
         group: Inputs that share a grid.
         symmetric: Centre every grid on 0.0, so that no zero points are stored.
-        damping: Added to the diagonal, as a fraction of its mean; ten times that, and so on,
-            while H is not positive definite.
+        damping: Added to the diagonal, as a fraction of its mean over live inputs; ten times
+            more, and a note, as often as H does not factor.
         act_order: Take inputs with the most energy first.  Grids are then fitted to the weights
             as given, so that every group is still made of consecutive inputs.
         clips: Ranges to try for each grid: 100%, 99%, 98% ... of the whole.
@@ -81,13 +86,15 @@ def gptq(
         Codes and grids.  Notes say how many inputs were dead and where damping was raised.
 
     Raises:
-        UserError: An option is out of range, or a value is NaN or infinite.
+        UserError: An option is out of range, a value is NaN or infinite, or H does not factor.
     """
     check_grid(weight, bits, group)
-    if damping <= 0 or not 1 <= clips <= 100:
+    if not 0 < damping < math.inf or not 1 <= clips <= 100:
         raise UserError(
-            f"damping is {damping}, clips is {clips}.", "Give damping above 0, clips from 1 to 100."
+            f"damping is {damping}, clips is {clips}.",
+            "Give a finite damping above 0, clips from 1 to 100.",
         )
+    check_statistics(gram)
     order, factor, notes = _factorize(gram, damping, act_order)
     share = (factor / factor.diagonal()[:, None]).float()  # (in, in), U_jk / U_jj
     importance = factor.diagonal().float().square().reciprocal()  # (in,), 1 / U_jj^2
@@ -141,11 +148,6 @@ def _factorize(
 ) -> tuple[Int64[Tensor, " in"], Float[Tensor, "in in"], tuple[str, ...]]:
     """The order of rounding, and U in that order, such that the damped H^-1 = U^T U."""
     hessian = gram.to(torch.float64, copy=True)
-    if not bool(hessian.isfinite().all()):
-        raise UserError(
-            "the gram matrix holds NaN or infinity.",
-            "Calibrate in float32, on text the model reads without overflow.",
-        )
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     count = int(dead.sum())
@@ -158,24 +160,31 @@ def _factorize(
         order = diagonal.argsort(descending=True, stable=True)
         hessian = hessian[order][:, order]
 
-    hessian.diagonal().add_(damping * energy)
-    raised = damping
-    # Reversing both axes turns the lower factor L L^T into the upper one, R R^T.
-    lower, failed = _cholesky(hessian.flip(0, 1))
-    while failed:
-        hessian.diagonal().add_(9 * raised * energy)
-        raised *= 10
-        lower, failed = _cholesky(hessian.flip(0, 1))
-    if raised != damping:
-        notes.append(f"damping raised to {raised:g}, for a gram matrix not positive definite")
+    root, used = _root(hessian, damping, energy)
+    if used != damping:
+        notes.append(f"damping raised to {used:g}, for a gram matrix not positive definite")
     identity = torch.eye(len(order), dtype=torch.float64)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    factor = torch.linalg.solve_triangular(root, identity, upper=True)
     return order, factor, tuple(notes)
 
 
-def _cholesky(matrix: Float[Tensor, "in in"]) -> tuple[Float[Tensor, "in in"], bool]:
-    lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(matrix))
-    return lower, bool(failed)
+def _root(
+    hessian: Float[Tensor, "in in"], damping: float, energy: float
+) -> tuple[Float[Tensor, "in in"], float]:
+    """R upper triangular with R R^T = H once it is damped, and the damping that took."""
+    # Reversing both axes turns the lower factor L L^T into the upper one, R R^T.
+    damped = hessian.flip(0, 1)
+    diagonal = damped.diagonal().clone()
+    for power in range(_TRIES):
+        used = damping * 10**power
+        damped.diagonal().copy_(diagonal + used * energy)
+        lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(damped))
+        if not failed:
+            return lower.flip(0, 1), used
+    raise UserError(
+        f"the gram matrix does not factor, even with damping {damping * 10 ** (_TRIES - 1):g}.",
+        "Give a higher damping, or use a method that reads no gram matrix.",
+    )
 
 
 def _fit(

@@ -7,6 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
@@ -76,22 +77,23 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
         ("rank", "right"),
         ("why", "left"),
     )
-    stored = count = 0.0
+    format = export.get(plan.format)
+    stored = count = 0
     for name, layer_plan in plan.layers.items():
         layer = found.layers[name]
-        bits = layer_plan.stored_bits(layer, source.tensors[layer.tensor].dtype.itemsize * 8)
-        stored, count = stored + bits * layer.count, count + layer.count
+        size = format.size(layer, layer_plan, source.tensors[layer.tensor])
+        stored, count = stored + size, count + layer.count
         method = " + ".join(id.partition("/")[2] for id, _ in layer_plan.steps) or "none"
         table.add_row(
             name,
             _dash(layer_plan.bits),
-            f"{bits:.3f}",
+            f"{8 * size / layer.count:.3f}",
             method,
             f"{layer_plan.density:.2f}",
             _dash(layer_plan.rank or None),
             _reason(layer_plan.why),
         )
-    return Group(table, Text(f"{stored / count:.3f} bits stored per weight on average"))
+    return Group(table, Text(f"{8 * stored / count:.3f} bits stored per weight on average"))
 
 
 def forecast_line(foreseen: Forecast) -> Text:

@@ -24,6 +24,7 @@ from layerwise.testing.outliers import with_outliers
 ASSETS = "LAYERWISE_ASSETS"
 DIGITS = "digits-mlp"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
+NO_REGIME = "no regime: the baseline loses nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Verdict:
         margin: Fraction by which the loss must be lower.
         loss: Of the method; None if the model is not here.
         baseline: Of the baseline.
-        verdict: Whether the claim holds.
+        verdict: Whether the claim holds; it does not where the baseline loses nothing.
         source: Where the paper makes it.
     """
 
@@ -81,7 +82,12 @@ _MODELS = {
         "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128
     ),
     "bytes-wikitext-outliers": _Model(
-        "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128, 30
+        "models/bytes-wikitext",
+        "text/wikitext2/valid.txt",
+        "text/wikitext2/test.txt",
+        64,
+        128,
+        30.0,
     ),
     "reference-6m": _Model(
         "models/reference-6m",
@@ -137,7 +143,9 @@ def _verdict(method: Method, claim: Claim) -> Verdict:
         loss = excess_loss(model, verb, method.name, frozen)
         baseline = excess_loss(model, verb, claim.beats, frozen)
     holds = loss <= (1 - claim.margin) * baseline
-    return Verdict(*found, loss, baseline, HOLDS if holds else FAILS, claim.source)
+    # Below zero, a fraction less is more.
+    verdict = NO_REGIME if baseline <= 0 else HOLDS if holds else FAILS
+    return Verdict(*found, loss, baseline, verdict, claim.source)
 
 
 def _is_here(model: str) -> bool:

@@ -15,7 +15,7 @@ def digits_loss(allocate: str, density: float) -> float:
     """Error rate after magnitude pruning to the densities an allocator gives, over five seeds.
 
     Args:
-        allocate: Allocator that reads weights or costs; its levels are every count of weights.
+        allocate: Allocator that reads weights or costs; it has a level per thousandth of a layer.
         density: Fraction of all weights to keep.
     """
     return sum(_loss(seed, allocate, density) for seed in range(SEEDS)) / SEEDS
