@@ -35,7 +35,7 @@ def main() -> int:
     for path in _there() - pages.keys():
         path.unlink()
     if chosen.claims:
-        CLAIMS.write_text(_claims(check_claims([], Bars())))
+        CLAIMS.write_text(_claims(_found()))
     return 0
 
 
@@ -51,9 +51,14 @@ def _check_pages(pages: Mapping[Path, str]) -> int:
     return int(bool(stale))
 
 
+def _found() -> list[Verdict]:
+    with Bars() as bars:
+        return check_claims([], bars)
+
+
 def _check_claims() -> int:
     """Figures move a little from machine to machine; verdicts must not."""
-    found = check_claims([], Bars())
+    found = _found()
     console().print(claims_table(found))
     recorded = CLAIMS.read_text().splitlines()
     wrong = [

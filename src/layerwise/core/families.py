@@ -222,7 +222,7 @@ ROLES = {
 }
 
 # Words in the name of a tensor that is looked up rather than multiplied, or that ends the model.
-EMBEDDINGS = ("wte", "wpe", "position")
+EMBEDDINGS = ("relative_attention_bias", "wte", "wpe", "position")
 HEADS = ("lm_head", "embed_out", "classifier", "score", "cls", "pooler")
 # Endings of layers that choose experts.
 ROUTERS = ("block_sparse_moe.gate", "mlp.gate", "mlp.shared_expert_gate", ".router")

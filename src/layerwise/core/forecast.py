@@ -44,8 +44,8 @@ def forecast(
 ) -> Forecast:
     """Foresee a run of a plan.
 
-    Time is a sample scaled up: each method on some rows of a layer as wide as those it gets, and
-    one matrix product for the model's forward passes.
+    Time is a sample scaled up: each method on few and on more rows of a layer as wide as those it
+    gets, and one matrix product for the model's forward passes.
 
     Args:
         source: The model.
@@ -91,36 +91,53 @@ def _bytes(source: Source) -> int:
 
 
 def _transform_seconds(found: Structure, plan: Plan) -> float:
-    sampled: dict[tuple[LayerPlan, int], float] = {}
+    """Seconds of all methods: what a width takes whatever the rows, and what each row adds.
+
+    Layers that read one input and are treated alike are stacked: what the width takes counts once.
+    """
+    sampled: dict[tuple[LayerPlan, int], tuple[float, float]] = {}
+    stacked: set[tuple[str, LayerPlan]] = set()
     total = 0.0
     for name, layer_plan in plan.layers.items():
         layer = found.layers[name]
-        key = (layer_plan.work, layer.width)
-        if key not in sampled:
-            sampled[key] = _sample(layer, layer_plan, plan)
-        total += sampled[key] * layer.rows
+        # Which density it is moves no time, and each of a thousand would be sampled for itself.
+        work = replace(layer_plan.work, density=0.5 if layer_plan.density < 1 else 1.0)
+        if (work, layer.width) not in sampled:
+            sampled[work, layer.width] = _sample(layer, work, plan)
+        fixed, each = sampled[work, layer.width]
+        total += each * layer.rows + (0.0 if (layer.reads, work) in stacked else fixed)
+        if all(catalogue.get(id).rows != "layer" for id, _ in work.steps):
+            stacked.add((layer.reads, work))
     return total
 
 
-def _sample(layer: Layer, layer_plan: LayerPlan, plan: Plan) -> float:
-    """Seconds per row."""
-    if not layer_plan.steps:
-        return 0.0
-    rows = min(layer.rows, _SAMPLE_ROWS)
+def _sample(layer: Layer, work: LayerPlan, plan: Plan) -> tuple[float, float]:
+    """Seconds that a width takes, and seconds that each row adds."""
+    if not work.steps:
+        return 0.0, 0.0
+    most = min(layer.rows, _SAMPLE_ROWS)
+    few = max(1, most // 4)
+    _timed(layer, work, plan, few)  # the first time, everything is slower
+    least, longest = _timed(layer, work, plan, few), _timed(layer, work, plan, most)
+    each = max(0.0, longest - least) / max(1, most - few)
+    return max(0.0, least - each * few), each
+
+
+def _timed(layer: Layer, work: LayerPlan, plan: Plan, rows: int) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, layer.width, generator=generator)
-    words = {word for id, _ in layer_plan.steps for word in catalogue.get(id).evidence}
+    words = {word for id, _ in work.steps for word in catalogue.get(id).evidence}
     evidence = {
         "gram": torch.eye(layer.width),
         "magnitude": torch.ones(layer.width),
         "inputs": torch.ones(1, layer.width),
     }
-    smaller = replace(layer, rows=rows)
-    rank = min(layer_plan.rank, rows)
-    begun = time.perf_counter()
     given = {word: value for word, value in evidence.items() if word in words}
-    transform([smaller], [weight], given, [replace(layer_plan, rank=rank)], plan.options)
-    return (time.perf_counter() - begun) / rows
+    smaller = replace(layer, rows=rows)
+    plans = [replace(work, rank=min(work.rank, rows))]
+    begun = time.perf_counter()
+    transform([smaller], [weight], given, plans, plan.options)
+    return time.perf_counter() - begun
 
 
 def _products_per_second(layer: Layer) -> float:

@@ -333,6 +333,11 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
             "Give the model's directory, or use methods that read weights alone "
             "(`layerwise methods --needs nothing`) with --proof none.",
         )
+    if source.config.get("is_encoder_decoder"):
+        raise UserError(
+            f"{source.label} has an encoder and a decoder; such models are not run.",
+            "Use methods that read weights alone (`layerwise methods --needs nothing`).",
+        )
     transformers = need("transformers", f"running {source.label}")
     architectures = source.config.get("architectures") or [""]
     known = getattr(transformers, architectures[0], None)

@@ -15,6 +15,8 @@ from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.families import POSITIONS, configured
 
+_DOCUMENTS_AT_ONCE = 256
+
 Text = str | Path | Sequence[str] | Tensor
 
 
@@ -69,7 +71,11 @@ def windows(
             f"Give --length {positions} or less.",
         )
     label = str(text) if isinstance(text, str | Path) else type(text).__name__
-    ids = text.flatten() if isinstance(text, Tensor) else _tokens(source, _documents(text, role))
+    ids = (
+        text.flatten()
+        if isinstance(text, Tensor)
+        else _tokens(source, _documents(text, role), samples * length)
+    )
     whole = min(samples, len(ids) // length)
     if not whole:
         raise UserError(
@@ -117,7 +123,8 @@ def _hub_documents(name: str) -> Sequence[str]:
         raise UserError(f"{missing.problem} The hub says: {error}", missing.remedy) from error
 
 
-def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
+def _tokens(source: Source, documents: Sequence[str], wanted: int) -> Int[Tensor, " tokens"]:
+    """Tokens of the first documents, as many of these as `wanted` tokens take."""
     folder = next((f.parent for f in source.companions if f.name == "tokenizer.json"), None)
     if folder is None:
         if source.config.get("vocab_size") == 256:  # a model of bytes needs no tokenizer
@@ -136,5 +143,10 @@ def _tokens(source: Source, documents: Sequence[str]) -> Int[Tensor, " tokens"]:
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    encoded = tokenizer.encode_batch(list(documents))
-    return torch.tensor([i for one in encoded for i in one.ids], dtype=torch.long)
+    ids: list[int] = []
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        if len(ids) >= wanted:
+            break
+        for one in tokenizer.encode_batch(list(documents[start : start + _DOCUMENTS_AT_ONCE])):
+            ids += one.ids
+    return torch.tensor(ids, dtype=torch.long)

@@ -108,7 +108,7 @@ def compress(
         proved = _prove(prepared, format, staging.folder, answered, progress, trust_remote_code)
         report = Report(
             model=source.label,
-            out=str(target),
+            out=str(out),
             format=ready.format,
             layers=rows,
             left=found.left,
