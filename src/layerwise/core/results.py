@@ -89,10 +89,6 @@ class Pruned:
     weight: Float[Tensor, "out in"]
     notes: tuple[str, ...] = ()
 
-    def density(self) -> float:
-        """Fraction of weights kept."""
-        return float(self.kept.float().mean())
-
     def split(self, rows: Sequence[int]) -> list["Pruned"]:
         """The results of layers whose rows were stacked, in order."""
         cuts = (self.kept.split(list(rows)), self.weight.split(list(rows)))
