@@ -33,6 +33,12 @@ def test_a_density_is_shared_out_and_never_exceeded(llama, allocator, density):
     assert (len(densities) == 1) == (allocator == "uniform" or (allocator, density) == LEVEL)
 
 
+def test_small_layers_keep_a_weight():
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    plan = lw.plan(module, density=0.3, allocate="lamp")
+    assert all(one.density * 128 >= 1 for one in plan.layers.values())
+
+
 def test_a_density_alone_is_the_same_everywhere(llama):
     plan = lw.plan(llama, density=0.37)
     assert {one.density for one in plan.layers.values()} == {0.37}

@@ -255,13 +255,15 @@ def _densities(wish: Wish, prepared: Prepared, allocator: catalogue.Method) -> _
     """Densities, in weights that are kept; layers are free of each other, if methods let them."""
     found = prepared.found
     steps = COARSE if {"errors", "scores"}.intersection(allocator.evidence) else FINE
-    densities = [step / steps for step in range(1, steps + 1)]
+    # The lowest density must leave the smallest layer a weight.
+    first = -(-steps // min(layer.count for layer in found.layers.values()))
+    densities = [step / steps for step in range(first, steps + 1)]
     levels = [replace(wish.level(wish.bits), density=density) for density in densities]
     check_level(prepared, wish, levels[0])
     scaled = wish.bits is not None and catalogue.get(f"quantize/{wish.method}").rows == "input"
     items = _items(wish, found) if scaled else [[layer] for layer in found.layers.values()]
     counts = [sum(layer.count for layer in item) for item in items]
-    costs = [(torch.arange(1, steps + 1) * count) // steps for count in counts]
+    costs = [(torch.arange(first, steps + 1) * count) // steps for count in counts]
     budget = int(wish.density * sum(counts))
     return _Market(items, levels, costs, budget, [f"density {d:g}" for d in densities])
 
