@@ -158,6 +158,11 @@ def _run(
         for word in method.evidence
         if word not in ("weight", "approximation") and word not in evidence
     ]
+    if ungathered := [word for word in missing if catalogue.EVIDENCE[word] != "calibration"]:
+        raise UserError(
+            f"{method.id} reads {', '.join(ungathered)}, which nothing gathers here.",
+            "Choose a method that needs nothing or calibration (`layerwise methods`).",
+        )
     if missing:
         raise UserError(
             f"{method.id} reads {', '.join(missing)} of {names[0]}, which calibration gathers.",

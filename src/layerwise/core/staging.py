@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -309,7 +310,10 @@ def _reserve(folder: Path, out: Path, arrangement: Arrangement) -> None:
         with _room(out, arrangement.size):
             for file, header in arrangement.headers.items():
                 with (folder / file).open("wb") as handle:
-                    os.posix_fallocate(handle.fileno(), 0, arrangement.lengths[file])
+                    if sys.platform == "linux":
+                        os.posix_fallocate(handle.fileno(), 0, arrangement.lengths[file])
+                    else:  # elsewhere the length is set, and a full disk is met on the way
+                        os.truncate(handle.fileno(), arrangement.lengths[file])
                     handle.write(header)
     except BaseException:
         shutil.rmtree(folder)
