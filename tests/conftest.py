@@ -26,6 +26,12 @@ def pytest_configure() -> None:
         runtime_checkable(protocol)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def llama_config(blocks: int = 2, **changes: Any) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
