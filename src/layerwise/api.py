@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.core import catalogue
-from layerwise.core.checkpoint import Source, open_checkpoint, open_source
+from layerwise.core.checkpoint import Checkpoint, Source, open_checkpoint, open_source
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Comparison, Report
@@ -17,12 +17,11 @@ from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, windows
-from layerwise.flow import preparing
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.evaluating import answers, compare
 from layerwise.flow.evaluating import load as _load
 from layerwise.flow.planning import Wish, check_level, make_plan
-from layerwise.flow.preparing import Prepared, Proving, Texts
+from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
 from layerwise.flow.survey import Survey, survey
 
 Model = str | Path | nn.Module
@@ -83,10 +82,12 @@ def measure(
     comparing = any("approximation" in method.evidence for method in chosen)
     tried = [wanted.level(bits) for bits in levels or ([4] if comparing else [])]
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
-    prepared = _prepared(
-        opened,
+    prepared = prepare(
+        opened.source,
+        opened.structure,
         [*chosen, *steps],
         Texts(calibration, samples, length),
+        proof="none",
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -132,15 +133,18 @@ def plan(
         UserError: The wish cannot be met.
     """
     wanted = Wish(**wish)
-    prepared = _prepared(
-        open(model),
+    opened = open(model)
+    prepared = prepare(
+        opened.source,
+        opened.structure,
         wanted.methods(),
         Texts(calibration, samples, length),
+        proof="none",
         device=device,
         trust_remote_code=trust_remote_code,
     )
     made = make_plan(prepared, wanted, progress or Silent())
-    preparing.check(prepared, made)
+    check(prepared, made)
     return made
 
 
@@ -174,35 +178,17 @@ def forecast(
     Raises:
         UserError: The plan cannot be carried out.
     """
-    prepared = _prepared(
-        open(model),
+    opened = open(model)
+    prepared = prepare(
+        opened.source,
+        opened.structure,
         plan.methods(),
         Texts(calibration, samples, length, text, text_samples),
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    return preparing.foresee(prepared, plan, preparing.check(prepared, plan).size)
-
-
-def _prepared(
-    opened: Opened,
-    methods: Sequence[catalogue.Method],
-    texts: Texts,
-    *,
-    proof: Proving = "none",
-    device: str,
-    trust_remote_code: bool,
-) -> Prepared:
-    return preparing.prepare(
-        opened.source,
-        opened.structure,
-        methods,
-        texts,
-        proof=proof,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    return foresee(prepared, plan, check(prepared, plan).size)
 
 
 def compress(
@@ -281,7 +267,10 @@ def load(
     Raises:
         UserError: It is not there, or a package it needs is missing.
     """
-    source = open_checkpoint(model)
+    return _loaded(open_checkpoint(model), dtype, trust_remote_code)
+
+
+def _loaded(source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
         return _load(source, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
@@ -325,9 +314,7 @@ def evaluate(
             "Give the model that it was made from.",
         )
     models = [
-        load(one.label, trust_remote_code=trust_remote_code)
-        for one in (source, base)
-        if one is not None
+        _loaded(one, torch.float32, trust_remote_code) for one in (source, base) if one is not None
     ]
     streams = [answers(one, chosen.ids) for one in models]
     return compare(chosen.ids, streams[0], streams[1] if base else None, chosen.label)

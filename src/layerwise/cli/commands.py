@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 import layerwise as lw
 from layerwise import report
 from layerwise.cli.parser import WISHES, named_methods, option_flags
@@ -17,8 +15,8 @@ from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Report
-from layerwise.core.plan import StrictLoader, to_yaml
-from layerwise.core.typed import described, fits
+from layerwise.core.plan import to_yaml
+from layerwise.core.written import check_types, read_yaml
 from layerwise.flow.planning import Wish
 
 # The measure that is also found at several widths at once.
@@ -303,14 +301,7 @@ _STEPS_ARE = "Steps are `compress:` and `evaluate:`, each with its arguments."
 
 
 def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        content = yaml.load(file.read_text(), StrictLoader)
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {file}.", "compress writes recipe.yaml.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}", "Give a recipe.yaml.") from error
+    content = read_yaml(file, "recipe", "compress writes recipe.yaml.")
     steps: list[tuple[str, dict[str, Any]]] = []
     for command, arguments in content.items() if isinstance(content, dict) else ():
         if command not in _STEPS or not isinstance(arguments, dict):
@@ -333,11 +324,7 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
             f"{file}: {command} has no arguments {sorted(map(str, unknown))}.",
             f"It has {', '.join(sorted(known))}.",
         )
-    for name, value in arguments.items():
-        if not fits(value, known[name]):
-            raise UserError(
-                f"{file}: {command} has {name}: {value!r}.", f"Write {described(known[name])}."
-            )
+    check_types(f"{file}: {command}", arguments, known)
     for needed in ("model", "out") if command == "compress" else ("model",):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")

@@ -255,7 +255,6 @@ WISHES = (
     "--bits", "--budget", "--levels", "--group", "--symmetric", "--method", "--density", "--pruner",
     "--rank", "--compensator", "--allocate", "--by", "--format",
 )  # fmt: skip
-_FROM_THE_PLAN = ("bits", "group", "symmetric", "density", "rank", "budget")
 
 
 def named_methods(arguments: Sequence[str]) -> list[str]:
@@ -273,12 +272,8 @@ def option_flags(id: str) -> dict[str, inspect.Parameter]:
     """The options that a method takes beyond those of a plan, by the name of their flag."""
     from layerwise.core import catalogue
 
-    options = catalogue.get(id).options
-    return {
-        name.replace("_", "-"): option
-        for name, option in options.items()
-        if name not in _FROM_THE_PLAN
-    }
+    own = catalogue.get(id).own_options
+    return {name.replace("_", "-"): option for name, option in own.items()}
 
 
 def _method_flags(

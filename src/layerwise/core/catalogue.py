@@ -42,6 +42,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 )
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
 
+# Options that a plan says for each layer, or a budget for all of them.
+_PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget"})
+
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
 #                layers that read the same input stacked, without changing a bit of the result
@@ -121,6 +124,11 @@ class Method:
     def needs(self) -> Need:
         """The dearest evidence the method reads."""
         return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
+
+    @property
+    def own_options(self) -> dict[str, inspect.Parameter]:
+        """The options that neither a layer's plan nor a budget sets."""
+        return {name: option for name, option in self.options.items() if name not in _PLANNED}
 
     def accepts(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the given options that this method has."""

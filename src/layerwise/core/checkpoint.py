@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.typed import fits
+from layerwise.core.written import fits
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

@@ -12,7 +12,7 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
-from layerwise.core.typed import described, fits
+from layerwise.core.written import check_types, described, fits, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +127,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
         UserError: It is no plan, names an unknown layer, field or method, leaves a layer out,
             or two patterns claim one layer.
     """
-    try:
-        # Built on SafeLoader: it makes plain data only.
-        content = yaml.load(file.read_text(), StrictLoader)
-    except FileNotFoundError:
-        raise UserError(f"there is no plan {file}.", "`layerwise plan` writes one.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}", "Give a plan's YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
+    content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
     known = {"model", "format", "budget", "options", "layers", "leave"}
@@ -155,21 +147,6 @@ def read_plan(file: Path, found: Structure) -> Plan:
     if not isinstance(format, str):
         raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
     return Plan(layers, format, options, str(content.get("budget", "")))
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} stands there twice", key.start_mark
-                )
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
@@ -216,12 +193,7 @@ def _layer_plan(name: str, given: Any, file: Path) -> LayerPlan:
             f"{file}: {name} has the unknown fields {sorted(map(str, unknown))}.",
             f"Known: {', '.join(_FIELDS)}.",
         )
-    for field_name, value in given.items():
-        if not fits(value, _FIELDS[field_name]):
-            raise UserError(
-                f"{file}: {name} has {field_name}: {value!r}.",
-                f"Write {described(_FIELDS[field_name])}.",
-            )
+    check_types(f"{file}: {name}", given, _FIELDS)
     return LayerPlan(**given)
 
 
@@ -246,8 +218,7 @@ def check_plan(plan: Plan, found: Structure) -> None:
 
 def _check_options(id: str, options: Mapping[str, Any]) -> None:
     method = catalogue.get(id)
-    taken = {"bits", "group", "symmetric", "density", "rank"}  # a layer's own line says these
-    own = {name: option for name, option in method.options.items() if name not in taken}
+    own = method.own_options
     if unknown := options.keys() - own.keys():
         raise UserError(
             f"{id} has no option {sorted(map(str, unknown))}.", f"It has {sorted(own)}."

@@ -15,7 +15,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer, Structure
-from layerwise.core.typed import described, fits
+from layerwise.core.written import described, fits
 from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.survey import Survey, for_layer, survey
 
@@ -210,7 +210,7 @@ def _widths(wish: Wish, prepared: Prepared) -> _Market:
     found, format = prepared.found, export.get(wish.format)
     levels = [wish.level(bits) for bits in sorted(wish.levels)]
     overhead = max(check_level(prepared, wish, level) for level in levels)
-    items = _items(wish, found)
+    items = _items(wish, found, lambda layer: layer.fused)
 
     def size(layer: Layer, level: LayerPlan) -> int:
         info = prepared.source.tensors[layer.tensor]
@@ -240,14 +240,14 @@ def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> int:
     return arrangement.size - sum(slot.info.size for slot in arrangement.slots.values())
 
 
-def _items(wish: Wish, found: Structure) -> list[list[Layer]]:
-    """Layers that must get the same width: those a server fuses, or a method scales together."""
-    together = wish.bits is not None or bool(wish.budget)
-    if not together or catalogue.get(f"quantize/{wish.method}").rows != "input":
-        return found.items()
+def _items(wish: Wish, found: Structure, apart: Callable[[Layer], str]) -> list[list[Layer]]:
+    """Layers that must get the same level: alike in `apart`, or scaled together by a method."""
+    quantized = wish.bits is not None or bool(wish.budget)
+    scaled = quantized and catalogue.get(f"quantize/{wish.method}").rows == "input"
     grouped: dict[str, list[Layer]] = {}
     for layer in found.layers.values():
-        grouped.setdefault(layer.reads if layer.feeder else layer.fused, []).append(layer)
+        key = layer.reads if scaled and layer.feeder else apart(layer)
+        grouped.setdefault(key, []).append(layer)
     return list(grouped.values())
 
 
@@ -260,8 +260,7 @@ def _densities(wish: Wish, prepared: Prepared, allocator: catalogue.Method) -> _
     densities = [step / steps for step in range(first, steps + 1)]
     levels = [replace(wish.level(wish.bits), density=density) for density in densities]
     check_level(prepared, wish, levels[0])
-    scaled = wish.bits is not None and catalogue.get(f"quantize/{wish.method}").rows == "input"
-    items = _items(wish, found) if scaled else [[layer] for layer in found.layers.values()]
+    items = _items(wish, found, lambda layer: layer.name)
     counts = [sum(layer.count for layer in item) for item in items]
     costs = [(torch.arange(first, steps + 1) * count) // steps for count in counts]
     budget = int(wish.density * sum(counts))

@@ -1,0 +1,108 @@
+"""What people write: YAML files, and whether a value in one fits where it is to go."""
+
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from layerwise.core.errors import UserError
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML or Python gives it, is of an annotated type.
+
+    A whole number will do for a fraction (YAML writes 1.0 as 1), and true for no number.
+    """
+    if get_origin(kind) is not None:
+        return _fits_parts(value, get_origin(kind), get_args(kind))
+    if kind is Any or isinstance(value, bool):
+        return kind in (Any, bool)
+    if kind is float:
+        return isinstance(value, int | float)
+    return value is None if kind is type(None) else isinstance(value, kind)
+
+
+def _fits_parts(value: Any, origin: Any, inner: Sequence[Any]) -> bool:
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping) and all(
+            fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items()
+        )
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return listed and all(fits(one, inner[0]) for one in value)
+
+
+def described(kind: Any) -> str:
+    """An annotated type in words, for a message."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(described(one) for one in inner)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin in (Sequence, list, tuple):
+        return f"a list, each {described(inner[0])}"
+    if origin in (Mapping, dict):
+        return "a mapping"
+    if kind is type(None):
+        return "nothing (null)"
+    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def check_types(where: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Refuse entries that are not of their annotated types.
+
+    Args:
+        where: Whose entries they are, for the message.
+        given: The entries; each has a kind.
+        kinds: An annotation for each name.
+
+    Raises:
+        UserError: It names the entry and what may stand there.
+    """
+    for name, value in given.items():
+        if not fits(value, kinds[name]):
+            raise UserError(f"{where} has {name}: {value!r}.", f"Write {described(kinds[name])}.")
+
+
+def read_yaml(file: Path, kind: str, maker: str) -> Any:
+    """What a YAML file holds: plain data, no key twice.
+
+    Args:
+        file: The file.
+        kind: What it should be, in a word.
+        maker: What writes one, as a sentence.
+
+    Raises:
+        UserError: It is not there, may not be read, or is not YAML.
+    """
+    try:
+        # Built on SafeLoader: it makes plain data only.
+        return yaml.load(file.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"there is no {kind} {file}.", maker) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}", f"Give a {kind}'s YAML file.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
