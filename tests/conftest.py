@@ -19,11 +19,9 @@ WIDTH, INNER = 32, 64
 @pytest.hookimpl(trylast=True)  # the import hook that checks shapes must be there first
 def pytest_configure() -> None:
     # beartype refuses a protocol that isinstance cannot check.
-    from layerwise.core.format import Format
     from layerwise.core.progress import Progress
 
-    for protocol in (Format, Progress):
-        runtime_checkable(protocol)
+    runtime_checkable(Progress)
 
 
 @pytest.fixture(autouse=True)

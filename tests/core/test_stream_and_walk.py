@@ -124,11 +124,11 @@ def test_a_file_on_its_own_needs_nothing_beside_it(llama, tmp_path):
 
 
 def test_output_in_several_shards(llama, tmp_path, monkeypatch):
-    from layerwise.flow import preparing
+    from layerwise.core import format
 
     lw.compress(llama, tmp_path / "one", bits=4, group=16, proof="none")
-    small = functools.partial(preparing.arrange, shard_bytes=20_000)
-    monkeypatch.setattr(preparing, "arrange", small)
+    small = functools.partial(format.arrange, shard_bytes=20_000)
+    monkeypatch.setattr(format, "arrange", small)
     lw.compress(llama, tmp_path / "many", bits=4, group=16, proof="none")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert same(weights(tmp_path / "many"), weights(tmp_path / "one"))

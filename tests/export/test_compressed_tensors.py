@@ -99,7 +99,7 @@ def test_refuses_what_it_has_no_place_for(changes, problem, llama, tmp_path):
 
 def test_declares_every_tensor_it_writes(llama):
     source = lw.open(llama).source
-    format, plan = CompressedTensors(), LayerPlan(bits=3, group=16, symmetric=True)
+    format, plan = CompressedTensors(source), LayerPlan(bits=3, group=16, symmetric=True)
     for layer in structure(source).layers.values():
         declared = {info.name for info in format.tensors(layer, plan, source.tensors[layer.tensor])}
         assert {f"{layer.name}.weight_{part}" for part in ("packed", "scale", "shape")} == declared

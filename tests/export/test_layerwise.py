@@ -109,7 +109,7 @@ def test_a_model_in_memory(tmp_path):
     wish = {"bits": 3, "group": 0, "density": 0.5, "rank": 2, "format": "layerwise"}
     report = lw.compress(module, tmp_path / "out", **wish, calibration=images)
     assert report.proof is not None
-    state = Layerwise().read(open_checkpoint(tmp_path / "out"))
+    state = Layerwise(open_checkpoint(tmp_path / "out")).read()
     assert {name: tensor.shape for name, tensor in state.items()} == {
         name: tensor.shape for name, tensor in module.state_dict().items()
     }

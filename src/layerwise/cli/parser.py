@@ -193,7 +193,12 @@ def _grid(parser: Any) -> None:
         type=int,
         help="inputs that share a scale; 0: a row (the largest up to 128 that fits all layers)",
     )
-    parser.add_argument("--symmetric", action="store_true", help="store no zero points")
+    parser.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="store no zero points (as the format has it; with them if it may)",
+    )
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
 
 
@@ -252,8 +257,8 @@ _NAMING = {
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
-    "--bits", "--budget", "--levels", "--group", "--symmetric", "--method", "--density", "--pruner",
-    "--rank", "--compensator", "--allocate", "--by", "--format",
+    "--bits", "--budget", "--levels", "--group", "--symmetric", "--no-symmetric", "--method",
+    "--density", "--pruner", "--rank", "--compensator", "--allocate", "--by", "--format",
 )  # fmt: skip
 
 

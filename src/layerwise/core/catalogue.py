@@ -52,6 +52,11 @@ _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget"}
 #   input        layers that read the same input must be given together, stacked by rows
 Rows = Literal["independent", "layer", "input"]
 
+# What the codes of a quantizer stand for, which tells a format whether it has a place for them:
+#   integer  evenly spaced points, code - zero
+#   float8   the values of an 8-bit float (E4M3, finite only); the codes are its bit patterns
+Codes = Literal["integer", "float8"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,6 +103,7 @@ class Method:
     exempt: Mapping[str, str]
     rows: Rows
     unit: Literal["layer", "block"]
+    codes: Codes = "integer"
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -153,6 +159,7 @@ class Verb(Generic[R]):
         exempt: Mapping[str, str] = MappingProxyType({}),
         rows: Rows = "layer",
         unit: Literal["layer", "block"] = "layer",
+        codes: Codes = "integer",
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -162,6 +169,7 @@ class Verb(Generic[R]):
             exempt: Laws this method breaks by design, each with the reason.
             rows: How the rows of a weight hang together; a law holds methods to it.
             unit: What a measure scores: one layer, or one block with all its layers.
+            codes: What the codes of a quantizer stand for.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -169,7 +177,7 @@ class Verb(Generic[R]):
 
         def register(run: Callable[P, R]) -> Callable[P, R]:
             name = getattr(run, "__name__", "")
-            method = Method(self.name, name, run, paper, claims, exempt, rows, unit)
+            method = Method(self.name, name, run, paper, claims, exempt, rows, unit, codes)
             self._check(method)
             _methods[method.id] = method
             return run

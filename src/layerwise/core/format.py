@@ -1,76 +1,90 @@
 """What a format must say: the tensors a layer becomes, and what a loader will make of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import Checkpoint, TensorInfo
+from layerwise.core.checkpoint import STEM, Source, TensorInfo
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.staging import Arrangement, arrange
 from layerwise.core.structure import Layer, Structure
 
 
-def packed_size(format: "Format", layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
-    """The size of a layer in a format that packs: its tensors'."""
-    if not plan.steps:
-        return layer.count * info.dtype.itemsize
-    return sum(made.size for made in format.tensors(layer, plan, info))
+@dataclass(frozen=True)
+class Format(ABC):
+    """A way to store one model; what most formats have in common is said here.
 
+    Attributes:
+        source: The model: the original when files are written, those files when they are read.
+        packages: What transformers needs to load it back, by import name.
+        stem: How the names of its weight files begin.
+    """
 
-class Format(Protocol):
-    """A way to store transformed layers."""
+    source: Source
+    packages: ClassVar[Sequence[str]] = ()
+    stem: ClassVar[str] = STEM
 
-    @property
-    def packages(self) -> Sequence[str]:
-        """What transformers needs to load it back, by import name."""
-        ...
-
-    @property
-    def stem(self) -> str:
-        """How the names of its weight files begin."""
-        ...
-
+    @abstractmethod
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse a plan that this format cannot hold.
 
         Raises:
             UserError: It names the layer and what the format allows.
         """
-        ...
 
+    @abstractmethod
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
         """The tensors that take the place of a layer's weight."""
-        ...
+
+    @abstractmethod
+    def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
+        """A layer as those tensors; rows of a layer, 32 or a multiple, as rows of its tensors."""
+
+    @abstractmethod
+    def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The matrix a loader will hold, in float32; `dtype` is the checkpoint's."""
+
+    @classmethod
+    def grid(cls, bits: int) -> tuple[int | None, bool | None]:
+        """Group and symmetry that a width must have here; None where the user may choose."""
+        return None, None
 
     def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
         """Bytes that a layer takes; in a format that packs nothing, what its codes would take."""
-        ...
-
-    def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
-        """A layer as those tensors; rows of a layer, 32 or a multiple, as rows of its tensors."""
-        ...
+        if not plan.steps:
+            return layer.count * info.dtype.itemsize
+        return sum(made.size for made in self.tensors(layer, plan, info))
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
         """Those of a layer's tensors that its weights have no part in."""
-        ...
-
-    def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The matrix a loader will hold, in float32; `dtype` is the checkpoint's."""
-        ...
+        return {}
 
     def whole(self, plan: LayerPlan) -> bool:
         """Whether a layer under this plan must be encoded in one piece."""
-        ...
+        return False
 
-    def config(
-        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
-    ) -> Mapping[str, Any]:
-        """What to add to the model's `config.json`; `tensors` are the checkpoint's."""
-        ...
+    def rest(self, info: TensorInfo) -> TensorInfo:
+        """How a tensor that is no layer, or that a plan leaves, is stored."""
+        return info
 
-    def read(self, source: Checkpoint) -> Mapping[str, Tensor] | None:
+    def encode_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
+        """Rows of such a tensor (all of one without axes) as they are stored."""
+        return rows
+
+    def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
+        """Files with room for all tensors."""
+        return arrange(tensors, stem=self.stem)
+
+    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
+        """What to add to the model's `config.json`."""
+        return {}
+
+    def read(self) -> Mapping[str, Tensor] | None:
         """The model's own tensors from files of this format; None if transformers reads them."""
-        ...
+        return None

@@ -15,7 +15,7 @@ SCALE_BITS = 8 * SCALE_DTYPE.itemsize
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A weight as integer codes on one uniform grid per group of consecutive inputs.
+    """A weight as codes on one grid per group of consecutive inputs.
 
     Attributes:
         codes: Grid points, in [0, 2^bits).
@@ -24,6 +24,8 @@ class Quantized:
         bits: Width of one code.
         group: Inputs per grid; the last group of a row may be shorter.
         symmetric: Every zero point is 2^(bits - 1), so none is stored.
+        points: What each code stands for before it is scaled, ascending or not, with 0.0 at
+            `zero`; None for evenly spaced points, code - zero.
         input_scale: The codes stand for the weight times this, column by column; whatever
             feeds the layer must be divided by it.  None is all ones.
         notes: What the method had to do that its caller should know, for the report.
@@ -35,12 +37,16 @@ class Quantized:
     bits: int
     group: int
     symmetric: bool = False
+    points: Float[Tensor, " codes"] | None = None
     input_scale: Float[Tensor, " in"] | None = None
     notes: tuple[str, ...] = ()
 
     def grid_values(self) -> Float[Tensor, "out in"]:
         """The stored matrix, float32: what the codes stand for before `input_scale` is undone."""
         rows, width = self.codes.shape
+        if self.points is not None:
+            scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :width]
+            return self.points[self.codes.long()] * scale
         if width % self.group:
             scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :width]
             zero = self.zero.repeat_interleave(self.group, dim=1)[:, :width]

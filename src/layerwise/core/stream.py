@@ -71,26 +71,27 @@ def _step(
             rows += _transform_tensor(source, info, layers, plan, format, staging)
         else:
             rows += [LayerRow.untouched(layer, info) for layer in layers]
-            copy_tensor(source, info, staging)
+            copy_tensor(source, info, format, staging)
     staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
     return rows
 
 
-def copy_tensor(source: Source, info: TensorInfo, staging: Staging) -> None:
-    """Copy a tensor as it is, in slices.
+def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Staging) -> None:
+    """Write a tensor that no plan changes, in slices.
 
     Raises:
         UserError: It holds NaN or infinity.
     """
+    stored = format.rest(info).name
     if not info.shape or not info.count:
-        staging.write(info.name, source.read(info.name))
+        staging.write(stored, format.encode_rest(info, source.read(info.name)))
         return
     rows = max(1, _COPY_BYTES * info.shape[0] // info.size)
     for start in range(0, info.shape[0], rows):
         part = source.read(info.name, start, start + rows)
         if part.is_floating_point() and info.dtype.itemsize > 1:
             check_finite(info.name, part)
-        staging.write(info.name, part, start)
+        staging.write(stored, format.encode_rest(info, part), start)
 
 
 def _steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:

@@ -91,7 +91,7 @@ def walk(
         progress.step(block)
     if "outside" not in staging.steps:
         for name in outside:
-            copy_tensor(source, source.tensors[name], staging)
+            copy_tensor(source, source.tensors[name], format, staging)
         staging.finish_step("outside", {}, states)
     return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
 
@@ -234,9 +234,11 @@ def _write_block(
     layered = {result.layer.tensor for result in done.values()}
     for name in names:
         if name in folded:
-            staging.write(name, folded[name].to(source.tensors[name].dtype))
+            info = source.tensors[name]
+            stored = format.encode_rest(info, folded[name].to(info.dtype))
+            staging.write(format.rest(info).name, stored)
         elif name not in layered:
-            copy_tensor(source, source.tensors[name], staging)
+            copy_tensor(source, source.tensors[name], format, staging)
     for result in done.values():
         info = source.tensors[result.layer.tensor]
         write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)

@@ -1,26 +1,36 @@
 """How a transformed layer is stored: one file per format, one class each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
 from layerwise.export.layerwise import Layerwise
 
-FORMATS: Mapping[str, Callable[[], Format]] = {
+FORMATS: Mapping[str, type[Format]] = {
     "dense": Dense,
     "compressed-tensors": CompressedTensors,
     "layerwise": Layerwise,
 }
 
 
-def get(name: str) -> Format:
-    """The format called `name`.
+def get(name: str, source: Source) -> Format:
+    """The format called `name`, for one model.
+
+    Raises:
+        UserError: There is none.
+    """
+    return kind(name)(source)
+
+
+def kind(name: str) -> type[Format]:
+    """The class of the format called `name`.
 
     Raises:
         UserError: There is none.
     """
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}.", f"Formats: {', '.join(FORMATS)}.")
-    return FORMATS[name]()
+    return FORMATS[name]

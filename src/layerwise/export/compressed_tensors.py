@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import STEM, Checkpoint, TensorInfo
+from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
-from layerwise.core.format import packed_size
+from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE
 from layerwise.core.structure import Layer, Structure
@@ -25,11 +25,10 @@ from layerwise.export._packing import pack, words
 _WIDEST = 8
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """Integer codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     packages = ("compressed_tensors",)
-    stem = STEM
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for."""
@@ -59,10 +58,6 @@ class CompressedTensors:
             made.append(TensorInfo(f"{layer.name}.weight_zero_point", torch.int32, shape))
         return made
 
-    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
-        """Everything stored for it."""
-        return packed_size(self, layer, plan, info)
-
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """Pack a layer's codes, or rows of them (32 at a time, so that zero points fill words)."""
         quantized, name = done.quantized, done.layer.name
@@ -91,16 +86,12 @@ class CompressedTensors:
         # transformers joins a block's experts to one tensor, which it holds in the scales' dtype.
         return values.to(SCALE_DTYPE).float() if "experts." in done.layer.name else values
 
-    def whole(self, plan: LayerPlan) -> bool:
-        """Never: any rows can be encoded by themselves."""
-        return False
+    @classmethod
+    def grid(cls, bits: int) -> tuple[int | None, bool | None]:
+        """Symmetric: see `_problem`."""
+        return None, True
 
-    def read(self, source: Checkpoint) -> None:
-        """Nothing: transformers reads it."""
-
-    def config(
-        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
-    ) -> Mapping[str, Any]:
+    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """`quantization_config`: one group of layers per grid, and what is ignored."""
         grids: dict[tuple[int, int, bool], list[str]] = {}
         ignored = [_module(name) for name in found.left if _is_matrix_name(name)]

@@ -1,23 +1,18 @@
 """Plain safetensors in the checkpoint's own names and dtypes: anything can load it."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import STEM, Checkpoint, TensorInfo
+from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 
 
-class Dense:
+class Dense(Format):
     """The weights a transform left, as ordinary tensors.  The files do not get smaller."""
-
-    packages = ()
-    stem = STEM
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Hold any plan."""
@@ -34,26 +29,9 @@ class Dense:
         """The matrix as its tensor lies, rounded to the checkpoint's dtype."""
         return {info.name: done.layer.store(_stored(done).to(info.dtype), (-1, *info.shape[1:]))}
 
-    def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """What is left after rounding."""
         return _stored(done).to(dtype).float()
-
-    def whole(self, plan: LayerPlan) -> bool:
-        """Never: any rows can be encoded by themselves."""
-        return False
-
-    def read(self, source: Checkpoint) -> None:
-        """Nothing: transformers reads it."""
-
-    def config(
-        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
-    ) -> Mapping[str, Any]:
-        """Nothing to add."""
-        return {}
 
 
 def _stored(done: Transformed) -> Float[Tensor, "out in"]:

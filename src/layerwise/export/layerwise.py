@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import Checkpoint, Source, TensorInfo
+from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.errors import UserError
-from layerwise.core.format import packed_size
+from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE, Quantized
 from layerwise.core.structure import Layer, Structure
@@ -28,10 +28,9 @@ VERSION = 1
 _BYTE = 8  # bits
 
 
-class Layerwise:
+class Layerwise(Format):
     """Packed codes, bitmasks with their survivors, and low-rank factors, mixed per layer."""
 
-    packages = ()
     # A loader that does not know the format finds no weights, instead of loading noise.
     stem = NAME
 
@@ -74,10 +73,6 @@ class Layerwise:
             made.append(TensorInfo(f"{name}.right", info.dtype, (plan.rank, layer.width)))
         return made
 
-    def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
-        """Everything stored for it."""
-        return packed_size(self, layer, plan, info)
-
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """A layer as those tensors."""
         name, plan, quantized = done.layer.name, done.plan, done.quantized
@@ -101,10 +96,6 @@ class Layerwise:
             made[f"{name}.left"], made[f"{name}.right"] = factors
         return made
 
-    def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The codes' own values, or the stored ones, and the stored factors' product."""
         quantized = done.quantized
@@ -112,14 +103,12 @@ class Layerwise:
         factors = _factors(done, dtype)
         return base if factors is None else base + factors[0].float() @ factors[1].float()
 
-    def config(
-        self, plan: Plan, found: Structure, tensors: Mapping[str, TensorInfo]
-    ) -> Mapping[str, Any]:
+    def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What `read` needs."""
         layers = {
             name: {
                 "tensor": found.layers[name].tensor,
-                "shape": list(tensors[found.layers[name].tensor].shape),
+                "shape": list(self.source.tensors[found.layers[name].tensor].shape),
                 "transposed": found.layers[name].layout == "conv1d",
                 "bits": layer.bits,
                 "group": layer.group,
@@ -133,12 +122,13 @@ class Layerwise:
         stored = {"quant_method": NAME, "version": VERSION, "layers": layers}
         return {"quantization_config": stored}
 
-    def read(self, source: Checkpoint) -> Mapping[str, Tensor]:
+    def read(self) -> Mapping[str, Tensor]:
         """Every tensor under the original's name; those of transformed layers in float32.
 
         Raises:
             UserError: The files are of a later version.
         """
+        source = self.source
         stored = source.config["quantization_config"]
         if stored["version"] > VERSION:
             raise UserError(

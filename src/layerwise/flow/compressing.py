@@ -84,7 +84,7 @@ def compress(
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
-    format = export.get(ready.format if ready else wish.format)
+    format = export.get(ready.format if ready else wish.format, source)
     prepared = prepare(
         source,
         found,
@@ -105,7 +105,7 @@ def compress(
     with staging:
         rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
         staging.add(_small_files(prepared, ready, format, recipe or {}))
-        proved = _prove(prepared, format, staging.folder, answered, progress, trust_remote_code)
+        proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
         report = Report(
             model=source.label,
             out=str(out),
@@ -210,7 +210,7 @@ def _small_files(
 ) -> dict[str, bytes | Path]:
     source = prepared.source
     files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
-    added = format.config(plan, prepared.found, source.tensors)
+    added = format.config(plan, prepared.found)
     if added:
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
@@ -222,7 +222,7 @@ def _small_files(
 
 def _prove(
     prepared: Prepared,
-    format: Format,
+    plan: Plan,
     folder: Path,
     expected: Tensor | None,
     progress: Progress,
@@ -239,7 +239,9 @@ def _prove(
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
-        tensors = format.read(written) or {name: written.read(name) for name in written.tensors}
+        tensors = export.get(plan.format, written).read() or {
+            name: written.read(name) for name in written.tensors
+        }
         assert prepared.runner is not None
         found = prepared.runner.answer(tensors, ids)
         loader = "safetensors"

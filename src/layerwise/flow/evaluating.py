@@ -3,7 +3,7 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -80,13 +80,13 @@ def load(
     """
     folder = str(source.folder)
     transformers = need("transformers", "loading a model")
-    format = _format(source.config)
+    format = _format(source)
     if format is not None:
         need_packages(format, f"reading {source.label}")
     transformers.utils.logging.disable_progress_bar()
     architecture = (source.config.get("architectures") or [""])[0]
     known = cast("Any", getattr(transformers, architecture, None))
-    state = None if format is None else format.read(source)
+    state = None if format is None else format.read()
     if known is None and (state is not None or not trust_remote_code):
         raise UserError(
             f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
@@ -123,10 +123,10 @@ def load(
     return model.eval()
 
 
-def _format(config: Mapping[str, Any]) -> Format | None:
+def _format(source: Checkpoint) -> Format | None:
     """The format of ours that a model says it is stored in."""
-    name = (config.get("quantization_config") or {}).get("quant_method", "")
-    return export.get(name) if name in export.FORMATS else None
+    name = (source.config.get("quantization_config") or {}).get("quant_method", "")
+    return export.get(name, source) if name in export.FORMATS else None
 
 
 def need_packages(format: Format, purpose: str) -> None:

@@ -36,8 +36,8 @@ class Wish:
         budget: "3.5bits" stored per weight, "40%" of the files, or "1.2GiB" of them.
         levels: Widths that a budget may choose among.
         group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
-            divides the width of every layer, or the row if none does.
-        symmetric: No zero points.
+            divides the width of every layer, or the row if none does, or what the format has.
+        symmetric: No zero points; None for what the format takes, with zero points if it may.
         method: Quantizer.
         density: Fraction of weights kept.
         pruner: Pruner.
@@ -53,7 +53,7 @@ class Wish:
     budget: str = ""
     levels: Sequence[int] = LEVELS
     group: int | None = None
-    symmetric: bool = False
+    symmetric: bool | None = None
     method: str = "rtn"
     density: float = 1.0
     pruner: str = "magnitude"
@@ -82,11 +82,12 @@ class Wish:
             )
 
     def level(self, bits: int | None) -> LayerPlan:
-        """The plan of a layer at a width."""
+        """The plan of a layer at a width, on the grid that its format has for it."""
+        group, symmetric = export.kind(self.format).grid(bits or 0)
         return LayerPlan(
             bits,
-            self.group or 0,
-            self.symmetric,
+            (group or 0) if self.group is None else self.group,
+            bool(symmetric) if self.symmetric is None else self.symmetric,
             self.method,
             self.density,
             self.pruner,
@@ -96,7 +97,8 @@ class Wish:
 
     def fitted(self, found: Structure) -> "Wish":
         """The same with a group that fits a model, if none was asked for."""
-        if self.group is not None:
+        chosen_by_format, _ = export.kind(self.format).grid(LEVELS[0])
+        if self.group is not None or chosen_by_format is not None:
             return self
         widths = {layer.width for layer in found.layers.values()}
         return replace(self, group=next((g for g in GROUPS if all(w % g == 0 for w in widths)), 0))
@@ -207,7 +209,7 @@ def make_plan(prepared: Prepared, wish: Wish, progress: Progress) -> Plan:
 
 def _widths(wish: Wish, prepared: Prepared) -> _Market:
     """Widths, in stored bytes; layers that a server fuses are one item."""
-    found, format = prepared.found, export.get(wish.format)
+    found, format = prepared.found, export.get(wish.format, prepared.source)
     levels = [wish.level(bits) for bits in sorted(wish.levels)]
     overhead = max(check_level(prepared, wish, level) for level in levels)
     items = _items(wish, found, lambda layer: layer.fused)

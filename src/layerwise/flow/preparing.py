@@ -18,7 +18,7 @@ from layerwise.core.forecast import Forecast, forecast
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.runner import Runner
-from layerwise.core.staging import Arrangement, arrange, partial_folder
+from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
 from layerwise.flow.evaluating import need_packages
@@ -176,10 +176,10 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
         UserError: See `check_plan`, and the format's own `check`.
     """
     check_plan(plan, prepared.found)
-    format = export.get(plan.format)
+    format = export.get(plan.format, prepared.source)
     format.check(plan, prepared.found)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
-    return arrange(tensors, stem=format.stem)
+    return format.arrange(tensors)
 
 
 def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
@@ -220,8 +220,8 @@ def _output_tensors(
     made: list[TensorInfo] = []
     for info in source.tensors.values():
         layer = by_tensor.get(info.name)
-        if layer is None or layer.expert is not None:
-            made.append(info)
+        if layer is None or layer.expert is not None or not plan.layers[layer.name].steps:
+            made.append(format.rest(info))
         else:
             made += format.tensors(layer, plan.layers[layer.name], info)
     return made

@@ -77,7 +77,7 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
         ("rank", "right"),
         ("why", "left"),
     )
-    format = export.get(plan.format)
+    format = export.get(plan.format, source)
     stored = count = 0
     for name, layer_plan in plan.layers.items():
         layer = found.layers[name]
