@@ -14,7 +14,7 @@ from layerwise.core.plan import LayerPlan
 from layerwise.core.results import LowRank, Pruned, Quantized
 from layerwise.core.structure import Layer
 
-# What methods returned for some layers, by the layers' names and the steps that led there.
+# What methods returned for some layers, by the layers' names followed by the steps so far.
 Made = dict[tuple[Any, ...], list[Any]]
 
 
@@ -136,14 +136,15 @@ def _run_steps(
     made: Made | None,
 ) -> list[_Part]:
     parts = [_Part(weight.clone() if not plan.steps else weight) for weight in weights]
-    made, path = {} if made is None else made, (*names,)
+    made, path = {} if made is None else made, (tuple(names),)
     for id, fixed in plan.steps:
         method = catalogue.get(id)
         given = dict(options.get(id, {})) | fixed
         if given.get("group") == 0:
             given["group"] = weights[0].shape[1]
         rank = given.get("rank", 0) if method.nested else 0
-        path = (*path, id, *sorted((n, o) for n, o in given.items() if not (rank and n == "rank")))
+        told = tuple(sorted(item for item in given.items() if not (rank and item[0] == "rank")))
+        path = (*path, (id, told))
         if path not in made or (rank and made[path][0].rank < rank):
             made[path] = _run(method, names, weights, parts, evidence, given)
         results = [one.truncated(rank) for one in made[path]] if rank else made[path]

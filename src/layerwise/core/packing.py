@@ -79,3 +79,8 @@ def unpack_bits(packed: Tensor, width: int) -> Bool[Tensor, "rows width"]:
     """What `pack_bits` packed."""
     bits = packed[..., None] >> torch.arange(BYTE, dtype=torch.uint8) & 1
     return bits.reshape(len(packed), -1)[:, :width].bool()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's entries as they lie in memory."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -19,6 +19,7 @@ from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint,
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
+from layerwise.core.packing import raw_bytes
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging, check_target, stage
@@ -144,7 +145,7 @@ def _identity(prepared: Prepared, plan: Plan) -> str:
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
         if isinstance(source, ModuleSource):
-            digest.update(_content(source.read(info.name)))
+            digest.update(raw_bytes(source.read(info.name)))
     if isinstance(source, Checkpoint):
         for file in sorted(set(source.files.values())):
             stat = file.stat()
@@ -152,15 +153,10 @@ def _identity(prepared: Prepared, plan: Plan) -> str:
     for text in (prepared.calibration, prepared.heldout):
         digest.update(f"{None if text is None else tuple(text.ids.shape)}".encode())
         if text is not None:
-            digest.update(_content(text.ids))
+            digest.update(raw_bytes(text.ids))
     device = prepared.runner.device if prepared.runner else "cpu"
     digest.update(str(device).encode())
     return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> memoryview:
-    """A tensor's bytes."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _transform(
