@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ class Cache:
     damaged: int = 0
     problem: str = ""
     _used: int = field(default=-1, repr=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report should say of it."""
+        notes = [f"the cache could not be written: {self.problem}"] if self.problem else []
+        if self.damaged:
+            notes.append(f"{self.damaged} damaged entries of the cache were made again")
+        return notes
 
     def get(self, key: str) -> Entry | None:
         """What is kept under a key; None if nothing is, or it is damaged."""
@@ -96,7 +104,7 @@ class Cache:
                 os.unlink(made)
                 raise
         except (OSError, SafetensorError) as error:
-            self.problem = f"{file.parent.parent} keeps nothing more: {error}"
+            self.problem = f"{self.folder}: {error}"
             return
         self._shrink(size - before)
 
@@ -116,6 +124,21 @@ class Cache:
                 break
             file.unlink(missing_ok=True)
             self._used -= stat.st_size
+
+
+@contextlib.contextmanager
+def opened(limit: int, *, lasting: bool = True) -> Generator[Cache]:
+    """A cache for one run: the user's, or one that is removed when the run ends.
+
+    Args:
+        limit: Most bytes of all entries together.
+        lasting: Keep the entries for other runs.
+    """
+    if lasting:
+        yield Cache(default_folder() / "candidates", limit)
+        return
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        yield Cache(Path(folder), limit)
 
 
 def default_folder() -> Path:

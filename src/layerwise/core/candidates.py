@@ -43,6 +43,12 @@ class Losses:
     lost: Mapping[LayerPlan, Float[Tensor, " out"]]
     notes: Mapping[LayerPlan, tuple[str, ...]]
 
+    @classmethod
+    def of(cls, done: Transformed) -> "Losses":
+        """Those of one plan."""
+        work = done.plan.work
+        return cls(done.energy, {work: done.lost}, {work: done.notes})
+
     def error(self, plan: LayerPlan) -> float:
         """Share of the energy that a plan loses."""
         return lost_share(float(self.lost[plan.work].sum()), float(self.energy.sum()))

@@ -173,7 +173,8 @@ class Prediction:
 
     Attributes:
         sensitivity: What weighted the errors of the layers.
-        predicted: The KL divergence it foresaw for the whole model, in nats.
+        predicted: The KL divergence it foresaw for the whole model, in nats; None if what it went
+            by is in another unit.
         measured: The one it has.
         rank_correlation: Spearman's, over layers, of predicted and measured KL divergence; None if
             no layer was measured alone.
@@ -181,7 +182,7 @@ class Prediction:
     """
 
     sensitivity: str
-    predicted: float
+    predicted: float | None
     measured: float
     rank_correlation: float | None
     layers: int

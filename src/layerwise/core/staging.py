@@ -169,7 +169,7 @@ class Staging:
         with _room(self.out, self.arrangement.size):
             self._flush()
             if state is not None:
-                entry["state"] = f"state-{len(self.steps)}.safetensors"
+                entry["state"] = f"state-{len(self.steps)}.tensors"
                 file = self.folder / entry["state"]
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
                 _sync(file)

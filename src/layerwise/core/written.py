@@ -1,6 +1,7 @@
 """What people write, and what we wrote: whether a value fits where it is to go."""
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,3 +154,18 @@ class _Loader(yaml.SafeLoader):
                 )
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """A size in bytes, as people write it: 900MiB, 1.2GB.
+
+    Raises:
+        UserError: It is not written as one.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]?i?B)\s*", text)
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{text!r} is not a size.", f"Write 1.2GiB ({', '.join(UNITS)}).")
+    return int(float(match[1]) * UNITS[match[2]])

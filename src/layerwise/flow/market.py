@@ -13,9 +13,10 @@ from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
+from layerwise.core.written import UNITS
 from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.survey import for_layer
-from layerwise.flow.wish import UNITS, Wish, budget_amount
+from layerwise.flow.wish import Wish, budget_amount
 
 # Densities between 0 and 1 that are shared out by themselves: few for an allocator that goes by
 # what each does to a layer, since every one of them is tried; many for the others.

@@ -127,9 +127,7 @@ class _Sale:
     weights: str
 
     def within_files(self, budget: int) -> list[int]:
-        """The levels for a budget, of which the files' headers leave a little less than foreseen
-        where layers differ.
-        """  # noqa: D205
+        """The levels for a budget; headers can take a little more of it than was foreseen."""
         wanted = markets.file_budget(self.wish, self.prepared)
         while True:
             bought = self.at(budget)
@@ -241,9 +239,7 @@ class _Lazy(Sequence[Tensor]):
         return self._makers[place]()
 
 
-def _search(
-    sale: _Sale, max_kl: float, candidates: Candidates, progress: Progress
-) -> list[int]:
+def _search(sale: _Sale, max_kl: float, candidates: Candidates, progress: Progress) -> list[int]:
     """The smallest plan whose KL on the text of the proof is not above a limit, by halving.
 
     Raises:
@@ -276,9 +272,7 @@ def _search(
     return best
 
 
-def _tried(
-    sale: _Sale, probe: Probe, budget: int, progress: Progress
-) -> tuple[list[int], float]:
+def _tried(sale: _Sale, probe: Probe, budget: int, progress: Progress) -> tuple[list[int], float]:
     bought = sale.at(budget)
     reached = probe.together(sale.plan(bought).layers)
     progress.step(f"KL {reached:.4g} at {budget / 1e6:.2f} MB")

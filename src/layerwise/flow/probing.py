@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from layerwise import export
+from layerwise.core import catalogue
+from layerwise.core.apply import transform
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan
@@ -82,6 +84,9 @@ class Probe:
         """Put a layer under a plan into the tensors that a block is to use."""
         layer = self.found.layers[name]
         done = self.candidates.find(layer, plan, self.options)
+        if done is None and all(catalogue.get(id).needs == "nothing" for id, _ in plan.steps):
+            weight = layer.matrix(self.source.read(layer.tensor)).float().contiguous()
+            done = transform([layer], [weight], {}, [plan], self.options)[0]
         if done is None:
             raise UserError(
                 f"{name} was made for this plan and is not in the cache any more: it holds "

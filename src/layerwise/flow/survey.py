@@ -171,8 +171,7 @@ class _Trial:
         for work in self._in_order(works):
             members = [n for n, one in enumerate(self.group) if work in missing[one.name]]
             for done in self._transformed(members, [work] * len(members)):
-                more = Losses(done.energy, {work: done.lost}, {work: done.notes})
-                found[done.layer.name] = more.joined(found.get(done.layer.name))
+                found[done.layer.name] = Losses.of(done).joined(found.get(done.layer.name))
                 if candidates is not None:
                     candidates.keep(done, self.options)
         if candidates is not None:

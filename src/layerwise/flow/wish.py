@@ -11,12 +11,11 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.plan import Inputs, LayerPlan
 from layerwise.core.structure import Structure
-from layerwise.core.written import described, fits
+from layerwise.core.written import UNITS, described, fits
 
 LEVELS = (2, 3, 4, 8)
 GROUPS = (128, 64, 32, 16)
 ALLOWED = ("bits", "density", "rank")
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 # How the errors of layers are weighed against each other: see flow/sensitivity.py.
 Sensitivity = Literal["", "error", "energy", "fisher", "kl"]
@@ -128,6 +127,11 @@ class Wish:
     def shares_bytes(self) -> bool:
         """Whether layers get different levels for a size or a quality of the whole."""
         return bool(self.budget) or self.max_kl is not None
+
+    @property
+    def learning(self) -> list[str]:
+        """What reads a calibration text beside methods, if there is one."""
+        return ["the sensitivity of layers"] if self.shares_bytes else []
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
