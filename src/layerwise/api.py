@@ -17,9 +17,10 @@ from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, windows
+from layerwise.evaluate.text import compare
 from layerwise.flow.compressing import compress as _compress
-from layerwise.flow.evaluating import answers, compare
-from layerwise.flow.evaluating import load as _load
+from layerwise.flow.loading import answers
+from layerwise.flow.loading import load as _load
 from layerwise.flow.planning import Wish, check_level, make_plan
 from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
 from layerwise.flow.survey import Survey, survey

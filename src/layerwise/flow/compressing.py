@@ -26,7 +26,8 @@ from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, walk
-from layerwise.flow.evaluating import answers, compare, load
+from layerwise.evaluate.text import compare
+from layerwise.flow.loading import answers, load
 from layerwise.flow.planning import Wish, make_plan
 from layerwise.flow.preparing import (
     Prepared,

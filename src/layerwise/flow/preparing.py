@@ -21,7 +21,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
-from layerwise.flow.evaluating import need_packages
+from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
 

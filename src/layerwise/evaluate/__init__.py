@@ -1,0 +1,1 @@
+"""How good a model still is: on text, on tasks, on images; against the one it was made from."""
