@@ -104,7 +104,7 @@ def compress(
     working = time.perf_counter()
     staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
     with staging:
-        rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
+        rows, compared, answered = _transform(prepared, ready, format, staging, progress)
         staging.add(_small_files(prepared, ready, format, recipe or {}))
         proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
         report = Report(
@@ -116,13 +116,14 @@ def compress(
             bytes_before=source.size,
             bytes_after=arrangement.size,
             average_bits=_average_bits(rows),
-            comparison=comparison,
+            comparison=compared[0] if compared else None,
             proof=proved,
             seconds=time.perf_counter() - begun,
             work_seconds=time.perf_counter() - working,
             cpu_seconds=memory.cpu_seconds() - used,
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
+            noise_floor=compared[1] if len(compared) > 1 else None,
             notes=_notes(prepared, ready),
         )
         staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
@@ -140,7 +141,7 @@ def _identity(prepared: Prepared, plan: Plan) -> str:
     source = prepared.source
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    said = [__version__, plan.format, work, options, dict(source.config)]
+    said = [__version__, plan.format, work, options, dict(source.config), prepared.noise_floor]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
@@ -166,12 +167,15 @@ def _content(tensor: Tensor) -> memoryview:
 
 def _transform(
     prepared: Prepared, plan: Plan, format: Format, staging: Staging, progress: Progress
-) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
-    """Write the tensors; the comparison and the logits of the proof, if the model was run."""
+) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None]:
+    """Write the tensors; if the model was run, compare it, and give the logits of the proof.
+
+    The first comparison is of the result, the second of the original in bfloat16.
+    """
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
         rows = stream(prepared.source, prepared.found, plan, format, staging, progress)
-        return rows, None, None
+        return rows, (), None
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
     carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
@@ -184,22 +188,20 @@ def _transform(
         progress,
         calibration=calibration.ids if calibration else None,
         heldout=carried,
+        noise_floor=prepared.noise_floor,
     )
     if heldout is None:
-        return walked.rows, None, None
+        return walked.rows, (), None
     first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
     if runner.whole:
-        return walked.rows, None, first
+        return walked.rows, (), first
     return walked.rows, _compare(runner, walked, heldout), first
 
 
-def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
-    return compare(
-        heldout.ids,
-        runner.logits(walked.heldout, heldout.ids, {}),
-        runner.logits(walked.heldout_before, heldout.ids, {}),
-        heldout.label,
-    )
+def _compare(runner: Runner, walked: Walked, heldout: Windows) -> list[Comparison]:
+    carried = [walked.heldout, walked.heldout_floor]
+    results = [runner.logits(one, heldout.ids, {}) for one in carried if one is not None]
+    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}))
 
 
 def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:

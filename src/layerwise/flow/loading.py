@@ -12,6 +12,7 @@ from layerwise import export
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.families import CAUSAL_MODELS
 from layerwise.core.format import Format
 
 _BATCH_TOKENS = 4096
@@ -51,7 +52,7 @@ def load(
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
-    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = architecture.endswith(CAUSAL_MODELS)
     with _without_bars():
         if known is None or (causal and state is None):
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
