@@ -17,7 +17,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 
 Images = str | Path | tuple[Any, Any]
-Array = np.ndarray[Any, Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 # What makes pixel values, (batch, channels, height, width), of pictures as they were read.
 Preparer = Callable[[Sequence[Array]], Tensor]
 

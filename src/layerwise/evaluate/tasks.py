@@ -75,10 +75,7 @@ def find(settings: Tasks) -> FoundTasks:
     need("lm_eval", "--tasks")
     if settings.cached:
         cache.folder(_CACHE)
-    with _quiet():
-        manager = need("lm_eval.tasks", "--tasks").TaskManager(
-            include_path=str(settings.include_path) if settings.include_path else None
-        )
+    manager = _manager(settings)
     for name in settings.names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -89,6 +86,17 @@ def find(settings: Tasks) -> FoundTasks:
                 "--include-path DIR adds those of your own YAML files.",
             )  # fmt: skip
     return FoundTasks(settings, manager, {n: _task_digest(manager, n) for n in settings.names})
+
+
+def _manager(settings: Tasks) -> Any:
+    """What knows the tasks: the user's own alone where they are enough, for it reads every file."""
+    made = need("lm_eval.tasks", "--tasks").TaskManager
+    with _quiet():
+        if settings.include_path is None:
+            return made()
+        own = str(settings.include_path)
+        alone = made(include_path=own, include_defaults=False)
+        return alone if set(settings.names) <= set(alone.all_subtasks) else made(include_path=own)
 
 
 def _check_settings(settings: Tasks) -> None:

@@ -104,7 +104,9 @@ def _task_lines(scores: Sequence[TaskScore]) -> list[Text]:
         names = ", ".join(dict.fromkeys(score.task for score in kept))
         lines.append(Text(f"from the cache, of an earlier run with these very weights: {names}"))
     if any(score.before is not None for score in scores):
-        apart = dict.fromkeys(score.task for score in scores if not score.paired)
+        apart = dict.fromkeys(
+            score.task for score in scores if score.difference_error and not score.paired
+        )
         rest = f"; of independent runs for {', '.join(apart)}" if apart else ""
         lines.append(Text(f"±: standard error; of a difference, item by item{rest}"))
     return lines
