@@ -322,10 +322,10 @@ def evaluate(
     Raises:
         UserError: A model or what it is to be judged on is not there, or they do not fit.
     """
-    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    names = [name.strip() for name in names if name.strip()]
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    put = tasks or any(one is not None for one in (limit, num_fewshot, include_path))
     wanted = Tasks(
-        names,
+        [name.strip() for name in names if name.strip()],
         limit,
         num_fewshot,
         batch_size,
@@ -333,5 +333,5 @@ def evaluate(
         cache,
         trust_remote_code,
     )
-    asked = Asked(text, samples, length, noise_floor, wanted if names else None, images, mean, std)
+    asked = Asked(text, samples, length, noise_floor, wanted if put else None, images, mean, std)
     return assess(model, against, asked, trust_remote_code=trust_remote_code)

@@ -6,7 +6,6 @@ import pytest
 @pytest.fixture
 def no_load(monkeypatch):
     """No model may be loaded: what is refused or known must be so before."""
-
     from layerwise.flow import assessing
 
     def refuse(*_, **__):

@@ -16,7 +16,7 @@ from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 
-Images = str | Path | tuple[Any, Any]
+Images = str | Path | Sequence[Any]
 Array = np.ndarray[Any, np.dtype[Any]]
 # What makes pixel values, (batch, channels, height, width), of pictures as they were read.
 Preparer = Callable[[Sequence[Array]], Tensor]
@@ -67,9 +67,10 @@ def read_pictures(images: Images, *, channels: int | None = None) -> Pictures:
     if not path.exists():
         raise UserError(f"there are no images {path}.", _GIVE)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is one array, without labels.", _GIVE)
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} is one array, without labels.", _GIVE)
+        with file:
             if missing := [name for name in ("x", "y") if name not in file.files]:
                 raise UserError(
                     f"{path} lacks the array {' and '.join(missing)}; it holds "

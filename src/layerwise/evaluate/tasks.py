@@ -68,10 +68,8 @@ def find(settings: Tasks) -> FoundTasks:
     """Find tasks and their data, before any model is loaded.
 
     Raises:
-        UserError: A task or its data is not there, a setting makes no sense, or the cache cannot
-            be written.
+        UserError: A task or its data is not there, or the cache cannot be written.
     """
-    _check_settings(settings)
     need("lm_eval", "--tasks")
     if settings.cached:
         cache.folder(_CACHE)
@@ -99,7 +97,12 @@ def _manager(settings: Tasks) -> Any:
         return alone if set(settings.names) <= set(alone.all_subtasks) else made(include_path=own)
 
 
-def _check_settings(settings: Tasks) -> None:
+def check_settings(settings: Tasks) -> None:
+    """Refuse settings that make no sense, whatever the tasks and the model.
+
+    Raises:
+        UserError: It names the setting.
+    """
     if not settings.names:
         raise UserError("no task was named.", "Give --tasks arc_easy,hellaswag.")
     counts = {"limit": settings.limit, "batch_size": settings.batch_size}

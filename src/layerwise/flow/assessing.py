@@ -24,7 +24,14 @@ from layerwise.evaluate.pictures import (
     module_preparer,
     read_pictures,
 )
-from layerwise.evaluate.tasks import FoundTasks, Tasks, answer_tasks, check_model, find
+from layerwise.evaluate.tasks import (
+    FoundTasks,
+    Tasks,
+    answer_tasks,
+    check_model,
+    check_settings,
+    find,
+)
 from layerwise.evaluate.text import compare
 from layerwise.flow.loading import answers, load
 
@@ -122,6 +129,7 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
         pictures = found, prepare, said
     tasks = None
     if asked.tasks is not None:
+        check_settings(asked.tasks)
         for one in sources:
             check_model(one)
         tasks = find(asked.tasks)
