@@ -169,18 +169,31 @@ def test_changed_items_and_settings_are_asked_anew(speaker, folder):
     assert lw.evaluate(speaker, tasks="few", include_path=folder).tasks[0].cached
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "other"])
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "a figure": lambda file: flip(file, file.read_bytes().index(b"value") + 12),
+    "empty": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_entry_is_found_and_made_again(speaker, folder, tmp_path, damage):
     first = lw.evaluate(speaker, tasks="few", include_path=folder).tasks[0]
-    (entry,) = (tmp_path / "cache" / "tasks").iterdir()
-    sound = entry.read_text()
-    changed = sound.replace('"items": 4', '"items": 5')
-    assert changed != sound
-    entry.write_text({"cut": sound[:-9], "changed": changed, "other": "[]"}[damage])
-    again = lw.evaluate(speaker, tasks="few", include_path=folder).tasks[0]
-    assert not again.cached
-    assert again == first
-    assert entry.read_text() == sound
+    (entry,) = (tmp_path / "cache" / "tasks").rglob("*.safetensors")
+    sound = entry.read_bytes()
+    damage(entry)
+    assert entry.read_bytes() != sound
+    found = lw.evaluate(speaker, tasks="few", include_path=folder)
+    assert found.tasks == [first]
+    assert not found.tasks[0].cached
+    assert any("damaged" in note for note in found.notes)
+    assert lw.evaluate(speaker, tasks="few", include_path=folder).tasks[0].cached
 
 
 def test_where_results_are_kept(speaker, folder, tmp_path, monkeypatch):
@@ -189,18 +202,16 @@ def test_where_results_are_kept(speaker, folder, tmp_path, monkeypatch):
     lw.evaluate(speaker, tasks="few", include_path=folder, cache=False)
     assert not (tmp_path / "xdg").exists()
     lw.evaluate(speaker, tasks="few", include_path=folder)
-    assert len(list((tmp_path / "xdg" / "layerwise" / "tasks").iterdir())) == 1
+    assert len(list((tmp_path / "xdg" / "layerwise" / "tasks").rglob("*.safetensors"))) == 1
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_said_first(
-    speaker, folder, tmp_path, monkeypatch, no_load
-):
+def test_a_cache_that_cannot_be_written_is_noted(speaker, folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be written") as refused:
-        lw.evaluate(speaker, tasks="few", include_path=folder)
-    assert "--no-cache" in refused.value.remedy
+    found = lw.evaluate(speaker, tasks="few", include_path=folder)
+    assert found.tasks[0].items == 4
+    assert any("could not be written" in note for note in found.notes)
 
 
 def test_random_numbers_of_the_caller_are_left_alone(speaker, folder):

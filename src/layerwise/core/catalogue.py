@@ -104,6 +104,7 @@ class Method:
     rows: Rows
     unit: Literal["layer", "block"]
     codes: Codes = "integer"
+    nested: bool = False
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -160,6 +161,7 @@ class Verb(Generic[R]):
         rows: Rows = "layer",
         unit: Literal["layer", "block"] = "layer",
         codes: Codes = "integer",
+        nested: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -170,6 +172,7 @@ class Verb(Generic[R]):
             rows: How the rows of a weight hang together; a law holds methods to it.
             unit: What a measure scores: one layer, or one block with all its layers.
             codes: What the codes of a quantizer stand for.
+            nested: The correction of a lower rank is the first part of one of a higher rank.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -177,7 +180,7 @@ class Verb(Generic[R]):
 
         def register(run: Callable[P, R]) -> Callable[P, R]:
             name = getattr(run, "__name__", "")
-            method = Method(self.name, name, run, paper, claims, exempt, rows, unit, codes)
+            method = Method(self.name, name, run, paper, claims, exempt, rows, unit, codes, nested)
             self._check(method)
             _methods[method.id] = method
             return run

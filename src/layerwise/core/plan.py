@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -13,6 +13,9 @@ from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
+
+# What calibration shows methods.
+Inputs = Literal["transformed", "original"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +85,15 @@ class Plan:
         format: How the output is stored.
         options: Options of methods beyond what a layer's plan sets, by method id.
         budget: The budget the plan was made for, as given; "" for none.
+        inputs: What calibration shows methods: what layers see after earlier blocks were
+            transformed, or in the original model.
     """
 
     layers: Mapping[str, LayerPlan]
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     budget: str = ""
+    inputs: Inputs = "transformed"
 
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
@@ -103,6 +109,7 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     head = {"model": model, "format": plan.format}
     if plan.budget:
         head["budget"] = plan.budget
+    head["inputs"] = plan.inputs
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -130,7 +137,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
-    known = {"model", "format", "budget", "options", "layers", "leave"}
+    known = {"model", "format", "budget", "inputs", "options", "layers", "leave"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -146,7 +153,10 @@ def read_plan(file: Path, found: Structure) -> Plan:
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     if not isinstance(format, str):
         raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
-    return Plan(layers, format, options, str(content.get("budget", "")))
+    inputs = content.get("inputs", "transformed")
+    if inputs not in get_args(Inputs):
+        raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
+    return Plan(layers, format, options, str(content.get("budget", "")), inputs)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.core import cache
+from layerwise.core.cache import Cache, default_folder
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
@@ -28,7 +28,7 @@ from layerwise.core.outcome import TaskScore
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Files beside the weights that cannot move an answer.
 _PROSE = ("*.md", "LICENSE*", "NOTICE*")
-_CACHE = "tasks"
+_CACHE_BYTES = 1 << 28
 _CHUNK = 1 << 22
 
 
@@ -68,11 +68,9 @@ def find(settings: Tasks) -> FoundTasks:
     """Find tasks and their data, before any model is loaded.
 
     Raises:
-        UserError: A task or its data is not there, or the cache cannot be written.
+        UserError: A task or its data is not there.
     """
     need("lm_eval", "--tasks")
-    if settings.cached:
-        cache.folder(_CACHE)
     manager = _manager(settings)
     for name in settings.names:
         if name not in manager.all_tasks:
@@ -186,7 +184,7 @@ def answer_tasks(
     model: Callable[[], Any],
     base: Checkpoint | None = None,
     base_model: Callable[[], Any] | None = None,
-) -> list[TaskScore]:
+) -> tuple[list[TaskScore], list[str]]:
     """Put tasks to a model, and to the one it was made from.
 
     Args:
@@ -196,34 +194,38 @@ def answer_tasks(
         base: The original's directory.
         base_model: Loads that one.
 
+    Returns:
+        The scores, and what else the reader should know.
+
     Raises:
         UserError: The harness cannot run a task with this model.
     """
-    rows = _rows(found, source, model)
+    kept = Cache(default_folder() / "tasks" if found.settings.cached else None, _CACHE_BYTES)
+    rows = _rows(found, source, model, kept)
     if base is None or base_model is None:
-        return [row.score for row in rows]
-    before = {(r.score.task, r.score.metric): r for r in _rows(found, base, base_model)}
-    return [_beside(row, before[row.score.task, row.score.metric]) for row in rows]
+        return [row.score for row in rows], kept.notes
+    before = {(r.score.task, r.score.metric): r for r in _rows(found, base, base_model, kept)}
+    scores = [_beside(row, before[row.score.task, row.score.metric]) for row in rows]
+    return scores, kept.notes
 
 
-def _rows(found: FoundTasks, source: Checkpoint, model: Callable[[], Any]) -> list[_Row]:
+def _rows(
+    found: FoundTasks, source: Checkpoint, model: Callable[[], Any], kept: Cache
+) -> list[_Row]:
     """The rows of every task, taken from the cache where they are there."""
     settings = found.settings
-    place = cache.folder(_CACHE) if settings.cached else None
     content = _content_digest(source)
     version = need("lm_eval", "--tasks").__version__
     made: list[_Row] = []
     for name in settings.names:
         how = [version, name, settings.limit, settings.num_fewshot, found.digests[name], content]
         key = hashlib.sha256(json.dumps(how).encode()).hexdigest()
-        body = cache.fetch(place, key) if place is not None else None
-        if body is None:
-            body = _answered(found, name, source, model())
-            if place is not None:
-                cache.keep(place, key, body)
-            made += [_Row(TaskScore(**row, cached=False), values) for row, values in body]
-        else:
-            made += [_Row(TaskScore(**row, cached=True), values) for row, values in body]
+        entry = kept.get(key)
+        rows = entry.facts["rows"] if entry else _answered(found, name, source, model())
+        if entry is None:
+            kept.put(key, {}, {"rows": rows})
+        cached = entry is not None
+        made += [_Row(TaskScore(**row, cached=cached), values) for row, values in rows]
     return made
 
 

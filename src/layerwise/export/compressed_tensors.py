@@ -17,10 +17,10 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.packing import pack, words
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE
 from layerwise.core.structure import Layer, Structure
-from layerwise.export._packing import pack, words
 
 _WIDEST = 8
 

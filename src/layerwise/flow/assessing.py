@@ -100,10 +100,11 @@ def assess(
     loaded = _loader(source, trust_remote_code)
     base_loaded = None if base is None else _loader(base, trust_remote_code)
     tasks: Sequence[TaskScore] = ()
+    notes: Sequence[str] = ()
     if checked.tasks is not None:
         plain = functools.partial(loaded, torch.float32)
         base_plain = None if base_loaded is None else functools.partial(base_loaded, torch.float32)
-        tasks = answer_tasks(checked.tasks, source, plain, base, base_plain)
+        tasks, notes = answer_tasks(checked.tasks, source, plain, base, base_plain)
     text, floor = _on_text(checked.windows, loaded, base_loaded, asked.noise_floor)
     return Evaluation(
         model=source.label,
@@ -112,6 +113,7 @@ def assess(
         noise_floor=floor,
         tasks=tasks,
         images=_on_images(checked.pictures, loaded, base_loaded),
+        notes=notes,
     )
 
 

@@ -48,7 +48,7 @@ def evaluation(seen: Evaluation) -> Group:
         parts += [_task_table(seen.tasks), *_task_lines(seen.tasks)]
     if seen.images is not None:
         parts += [_image_table(seen.images), *_image_lines(seen.images)]
-    return Group(*parts)
+    return Group(*parts, *(Text(f"note: {note}") for note in seen.notes))
 
 
 def _text_table(seen: Comparison, floor: Comparison | None) -> Table:

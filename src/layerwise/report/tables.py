@@ -151,6 +151,13 @@ def summary(report: Report) -> Group:
         table.add_row("top-1 agreement", "", share(seen.top1, seen.top1_error))
     if floor := report.noise_floor:
         table.add_row("KL of the original in bfloat16", figure(floor.kl, floor.kl_error), "")
+    if told := report.prediction:
+        table.add_row("the plan foresaw", "", _number(told.predicted))
+        table.add_row(
+            f"rank correlation over {told.layers} layers ({told.sensitivity})",
+            "",
+            _number(told.rank_correlation),
+        )
     foreseen = report.forecast
     table.add_row(
         "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.work_seconds:.1f}"
