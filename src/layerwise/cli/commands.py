@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import layerwise as lw
-from layerwise import report
+from layerwise import api, report
 from layerwise.cli.parser import WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
@@ -123,6 +123,7 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         **_calibration(chosen),
         "text": chosen.text,
         "text_samples": chosen.text_samples,
+        "noise_floor": chosen.noise_floor,
         "proof": chosen.proof,
         "layer_windows": chosen.layer_windows,
         **_cache(chosen),
@@ -150,7 +151,7 @@ def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {
         name: os.path.abspath(value) if name in paths and os.path.exists(value) else value
         for name, value in arguments.items()
-        if value not in (None, "", {}, False)
+        if value is not None and value not in ("", {}, [])
     }
     return recipe | {"out": os.path.abspath(arguments["out"])}
 
@@ -188,17 +189,27 @@ def _swept(arguments: Mapping[str, Any]) -> Sweep:
 
 def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise evaluate`."""
-    compared = lw.evaluate(
+    seen = lw.evaluate(
         chosen.model,
         against=chosen.against,
         text=chosen.text,
         samples=chosen.samples,
         length=chosen.length,
+        noise_floor=chosen.noise_floor,
+        tasks=chosen.tasks,
+        limit=chosen.limit,
+        num_fewshot=chosen.num_fewshot,
+        batch_size=chosen.batch_size,
+        include_path=chosen.include_path,
+        cache=not chosen.no_cache,
+        images=chosen.images,
+        mean=_numbers("--mean", chosen.mean),
+        std=_numbers("--std", chosen.std),
         trust_remote_code=chosen.trust_remote_code,
     )
-    console().print(report.comparison(compared))
+    console().print(report.evaluation(seen))
     if chosen.json:
-        _print_json(asdict(compared))
+        _print_json(seen.as_json())
     return 0
 
 
@@ -215,9 +226,9 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             answers.append(_swept(arguments | out).as_json())
         else:
             model = {"model": chosen.output} if chosen.output else {}
-            compared = lw.evaluate(**arguments | model)
-            console().print(report.comparison(compared))
-            answers.append(asdict(compared))
+            seen = lw.evaluate(**arguments | model)
+            console().print(report.evaluation(seen))
+            answers.append(seen.as_json())
     if chosen.json:
         _print_json(answers)
     return 0
@@ -336,6 +347,15 @@ def _widths(flag: str, text: str) -> list[int]:
         raise UserError(f"{flag} {text} is not a list of widths.", "Write 2,3,4,8.") from None
 
 
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{flag} {text} is not a list of numbers.", "Write 0.485,0.456,0.406."
+        ) from None
+
+
 def _allowed(given: Sequence[str]) -> dict[str, list[float | None]]:
     """`bits=2,3,none` and the like, by what is allowed."""
     allowed: dict[str, list[float | None]] = {}
@@ -380,7 +400,7 @@ def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
 
 
-_STEPS = {"compress": lw.compress, "sweep": lw.sweep, "evaluate": lw.evaluate}
+_STEPS = {"compress": api.compress, "sweep": api.sweep, "evaluate": api.evaluate}
 _STEPS_ARE = "Steps are `compress:`, `sweep:` and `evaluate:`, each with its arguments."
 
 

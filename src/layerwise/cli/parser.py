@@ -122,6 +122,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _calibration(made)
     proof = made.add_argument_group("proof")
     _proof_text(proof)
+    _noise_floor(proof)
     proof.add_argument(
         "--proof",
         choices=("auto", "logits", "none"),
@@ -174,15 +175,38 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "evaluate",
-        "perplexity on a text, and divergence from the original",
+        "how good a model is: on text, tasks, images; and how far from the original",
         "layerwise evaluate small --against builtin:tiny",
         "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
+        "layerwise evaluate MODEL --tasks arc_easy,hellaswag --limit 100 --against BASE",
+        "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--against", metavar="BASE", help="the model it was made from")
-    made.add_argument("--text", metavar="TEXT", default="builtin", help=f"{TEXT_HELP} (builtin)")
-    made.add_argument("--samples", type=int, default=128, help="windows (128)")
-    made.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    text = made.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        metavar="TEXT",
+        help=f"{TEXT_HELP} (builtin, unless tasks or images are asked for)",
+    )
+    text.add_argument("--samples", type=int, default=128, help="windows (128)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    _noise_floor(text)
+    tasks = made.add_argument_group("tasks, with the extra `tasks`")
+    tasks.add_argument("--tasks", default="", metavar="NAMES", help="of lm-eval, comma separated")
+    tasks.add_argument("--limit", type=int, help="first items of each task (all)")
+    tasks.add_argument("--num-fewshot", type=int, help="solved examples before each (the task's)")
+    tasks.add_argument("--batch-size", type=int, default=8, help="items at once (8)")
+    tasks.add_argument("--include-path", metavar="DIR", help="YAML files of more tasks")
+    tasks.add_argument(
+        "--no-cache", action="store_true", help="take no results of earlier runs, and keep none"
+    )
+    images = made.add_argument_group("images, with the extra `images`")
+    images.add_argument(
+        "--images", metavar="IMAGES", help=".npz file with x and y, or a folder of class folders"
+    )
+    images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
+    images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
@@ -321,6 +345,15 @@ def _levels(how: Any) -> None:
         default="dense",
         metavar="NAME",
         help="dense, compressed-tensors or layerwise (dense)",
+    )
+
+
+def _noise_floor(parser: Any) -> None:
+    parser.add_argument(
+        "--noise-floor",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the original in bfloat16 with itself: what a KL is to be measured against",
     )
 
 

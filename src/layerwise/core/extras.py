@@ -13,6 +13,8 @@ _EXTRAS = {
     "compressed_tensors": "compressed-tensors",
     "datasets": "datasets",
     "ray": "ray",
+    "lm_eval": "tasks",
+    "PIL": "images",
 }
 
 
@@ -30,6 +32,6 @@ def need(package: str, purpose: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs the package {package}: {error}.",
-            f"pip install 'layerwise[{_EXTRAS[package]}]'.",
+            f"{purpose} needs the package {package.partition('.')[0]}: {error}.",
+            f"pip install 'layerwise[{_EXTRAS[package.partition('.')[0]]}]'.",
         ) from error

@@ -1,8 +1,8 @@
 """Calibrated work: one block at a time, its evidence from blocks that are transformed already.
 
-Three activations are carried from block to block: the calibration text through the transformed
-model, and the held-out text through both the original and the transformed one, which is the
-proof.  They are all that a stopped run needs to go on.
+Up to four activations are carried from block to block: the calibration text through the
+transformed model, and the held-out text through the transformed one, the original, and the original
+in bfloat16, which are the proof.  They are all that a stopped run needs to go on.
 """
 
 import functools
@@ -27,6 +27,9 @@ from layerwise.core.stream import copy_tensor, write_layer
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
+HELDOUT_FLOOR = "heldout_floor"
+# What most models are trained and served in: what it changes is noise that nobody minds.
+FLOOR_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Walked:
         rows: One per layer.
         heldout: Activations of the held-out text after the last transformed block.
         heldout_before: The same through the original blocks.
+        heldout_floor: The same through the original blocks in bfloat16; None if not asked for.
     """
 
     rows: list[LayerRow]
     heldout: Tensor
     heldout_before: Tensor
+    heldout_floor: Tensor | None
 
 
 def walk(
@@ -54,6 +59,7 @@ def walk(
     *,
     calibration: Tensor | None,
     heldout: Tensor,
+    noise_floor: bool = False,
     candidates: Candidates | None = None,
 ) -> Walked:
     """Transform a model block by block and write it.
@@ -67,6 +73,7 @@ def walk(
         progress: Is told of each block.
         calibration: Token ids, (windows, length); None if no method reads evidence of it.
         heldout: Token ids, (windows, length), for the proof.
+        noise_floor: Carry the held-out text through the original in bfloat16 too.
         candidates: Has layers that were made before, if the plan is of what they see in the
             original model; takes those that are made now.
     """
@@ -84,8 +91,12 @@ def walk(
     states = staging.state() if finished else None
     if states is not None:
         runner.start(heldout[:1])  # one window shows what blocks are called with
+        if noise_floor:
+            runner.start(heldout[:1], FLOOR_DTYPE)
     else:
         states = {name: runner.start(ids) for name, ids in started.items()}
+        if noise_floor:
+            states[HELDOUT_FLOOR] = runner.start(heldout, FLOOR_DTYPE)
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
@@ -110,7 +121,7 @@ def walk(
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
         staging.finish_step("outside", {}, states)
-    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
+    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], states.get(HELDOUT_FLOOR))
 
 
 @dataclass
@@ -163,7 +174,7 @@ def _carry_and_write(
     done, folded = transformed
     changed = _changed(runner.source, format, done, folded)
     for name, hidden in list(states.items()):
-        carried = {} if name == HELDOUT_BEFORE else changed
+        carried = {} if name in (HELDOUT_BEFORE, HELDOUT_FLOOR) else changed
         states[name] = runner.forward(block, hidden, carried)
     return _write_block(runner.source, names, done, folded, format, staging)
 

@@ -36,7 +36,7 @@ def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> s
 def _digest(prepared: Prepared, asked: Any) -> str:
     """Digest of what is asked for, and of the model, texts and device it is asked of."""
     source = prepared.source
-    said = [__version__, asked, dict(source.config), _device(prepared)]
+    said = [__version__, asked, dict(source.config), _device(prepared), prepared.noise_floor]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())

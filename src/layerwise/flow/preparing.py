@@ -21,7 +21,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
-from layerwise.flow.evaluating import need_packages
+from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
 
@@ -36,6 +36,7 @@ class Texts:
         length: Tokens per window.
         heldout: Text that the result is compared on; None for one that calibration did not use.
         heldout_samples: Windows of it.
+        noise_floor: Whether the original in bfloat16 is compared with itself.
     """
 
     calibration: Text | None = None
@@ -43,6 +44,7 @@ class Texts:
     length: int = 256
     heldout: Text | None = None
     heldout_samples: int = 32
+    noise_floor: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Prepared:
     runner: Runner | None
     calibration: Windows | None
     heldout: Windows | None
+    noise_floor: bool = False
 
 
 def prepare(
@@ -101,7 +104,8 @@ def prepare(
     if needy and text is not None:
         calibration = windows(source, text, samples=texts.samples, length=texts.length)
     heldout = _heldout(source, text, texts, calibration) if proving else None
-    return Prepared(source, found, runner, calibration, heldout)
+    floor = texts.noise_floor and heldout is not None and not runner.whole
+    return Prepared(source, found, runner, calibration, heldout, floor)
 
 
 def _device(name: str) -> str:
@@ -131,7 +135,8 @@ def _prepared_module(
     shown = None if proof == "none" else heldout or calibration
     runs = shown is not None or (needy and calibration is not None)
     runner = Runner(source, found, device=device) if runs else None
-    return Prepared(source, found, runner, calibration if needy else None, shown)
+    floor = texts.noise_floor and shown is not None and runner is not None and not runner.whole
+    return Prepared(source, found, runner, calibration if needy else None, shown, floor)
 
 
 def _proving(source: Source, proof: Proving) -> bool:
@@ -171,7 +176,8 @@ def _heldout(
             f"the calibration text {more.label} has no window left to compare the result on.",
             "Give --text TEXT to compare on, fewer --samples, or --proof none.",
         )
-    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
+    label = f"{more.label}, after the calibration windows"
+    return Windows(more.ids[used:], label, more.special)
 
 
 def check(prepared: Prepared, plan: Plan) -> Arrangement:
@@ -197,7 +203,7 @@ def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
         plan,
         size,
         runs=prepared.heldout is not None or prepared.calibration is not None,
-        tokens=calibration + 2 * heldout,
+        tokens=calibration + (3 if prepared.noise_floor else 2) * heldout,
         proof=heldout,
     )
 

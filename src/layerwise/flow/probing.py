@@ -14,7 +14,8 @@ from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
-from layerwise.flow.evaluating import compare
+from layerwise.core.text import Windows
+from layerwise.evaluate.text import compare
 from layerwise.flow.preparing import Prepared
 
 
@@ -41,11 +42,11 @@ class Probe:
         self.candidates = candidates
         self.ids = ids
 
-    def compared(self, plans: Mapping[str, LayerPlan], label: str) -> Comparison:
-        """The model under a plan against the original, on the windows that `label` names."""
+    def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
+        """The model under a plan against the original; `windows` are those of `ids`."""
         before, after = self._carried(plans)
         answered, original = (self.runner.logits(one, self.ids, {}) for one in (after, before))
-        return compare(self.ids, answered, original, label)
+        return compare(windows, [answered], original)[0]
 
     def together(self, plans: Mapping[str, LayerPlan]) -> float:
         """KL from the original's answers to those of the model under a plan, in nats per token."""

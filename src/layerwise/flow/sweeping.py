@@ -146,7 +146,7 @@ def points_of(
         widths = {level.bits for level in replace(wish, budget="1bits").combinations()}
         for bits in sorted(width for width in widths if width is not None) if uniform else ():
             even = replace(wish, method=method, bits=bits, allow={}, inputs="original")
-            points.append(Point(method, f"{bits} bits", even))
+            points.append(Point(method, f"{bits}bits", even))
     return points
 
 
@@ -303,7 +303,7 @@ def find(setting: Setting, prepared: Prepared, point: Point) -> Found:
         progress=Silent(),
     )
     probe = Probe(prepared, plan.format, plan.options, candidates, prepared.heldout.ids)
-    seen = probe.compared(plan.layers, prepared.heldout.label)
+    seen = probe.compared(plan.layers, prepared.heldout)
     made = SweepPoint(
         method=point.method,
         budget=point.budget,

@@ -1,9 +1,9 @@
 """What people read: tables for the terminal, pages for the docs."""
 
+from layerwise.report.figures import evaluation
 from layerwise.report.pages import page
 from layerwise.report.tables import (
     claims_table,
-    comparison,
     forecast_line,
     layer_table,
     methods_table,
@@ -16,7 +16,7 @@ from layerwise.report.tables import (
 
 __all__ = [
     "claims_table",
-    "comparison",
+    "evaluation",
     "forecast_line",
     "layer_table",
     "methods_table",
