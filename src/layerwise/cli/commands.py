@@ -356,9 +356,9 @@ def _numbers(flag: str, text: str | None) -> list[float] | None:
         ) from None
 
 
-def _allowed(given: Sequence[str]) -> dict[str, list[float | None]]:
+def _allowed(given: Sequence[str]) -> dict[str, list[int | float | None]]:
     """`bits=2,3,none` and the like, by what is allowed."""
-    allowed: dict[str, list[float | None]] = {}
+    allowed: dict[str, list[int | float | None]] = {}
     for text in given:
         name, _, values = text.partition("=")
         if name in allowed:
@@ -373,7 +373,7 @@ def _allowed(given: Sequence[str]) -> dict[str, list[float | None]]:
     return allowed
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> int | float | None:
     if text.strip() == "none":
         return None
     value = float(text)

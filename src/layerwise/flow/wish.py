@@ -54,8 +54,8 @@ class Wish:
     bits: int | None = None
     budget: str = ""
     max_kl: float | None = None
-    allow: Mapping[str, Sequence[float | None]] = field(
-        default_factory=dict[str, Sequence[float | None]]
+    allow: Mapping[str, Sequence[int | float | None]] = field(
+        default_factory=dict[str, Sequence[int | float | None]]
     )
     group: int | None = None
     symmetric: bool | None = None
@@ -149,7 +149,7 @@ class Wish:
 
     def combinations(self) -> list[LayerPlan]:
         """Every level that a budget may choose."""
-        named: dict[str, Sequence[float | None]] = {
+        named: dict[str, Sequence[int | float | None]] = {
             "bits": LEVELS,
             "density": (self.density,),
             "rank": (self.rank,),
