@@ -1,5 +1,6 @@
 """The library: what the command line does, in as few lines of Python."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from layerwise.core import catalogue
 from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
-from layerwise.core.outcome import Evaluation, Report
+from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.structure import Structure, structure
@@ -27,6 +28,8 @@ from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
 from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.sweeping import Setting, points_of, publish
+from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
@@ -277,6 +280,87 @@ def compress(
             trust_remote_code=trust_remote_code,
             recipe=recipe,
         )
+
+
+def sweep(
+    model: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str],
+    budgets: Sequence[str] = (),
+    uniform: bool = False,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    processes: int = 1,
+    ray: str = "",
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    **wish: Any,
+) -> Sweep:
+    """Try methods and budgets on a model, on one calibration, and write what came of it.
+
+    The directory holds a plan for every point, which `compress` carries out in seconds: what the
+    sweep made of layers is kept.
+
+    Args:
+        model: Path, hub id or `builtin:tiny`.
+        out: Directory to make; must not exist.
+        methods: Quantizers.
+        budgets: As `compress` takes them; bare numbers are bits.
+        uniform: Add every allowed width for all layers alike.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text to compare on; by default one that calibration did not see.
+        text_samples: Windows of it.
+        processes: Find points in so many processes.
+        ray: Find them on the Ray cluster at this address; "auto" for the one that is there, or
+            one of this machine alone.
+        cache: Keep what is made of layers for other runs.
+        cache_bytes: Most that all that is kept may take.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of the stages.
+        recipe: What to write beside the output as recipe.yaml.
+        wish: Fields of `Wish` that all points share: allow, group, density, sensitivity, format …
+
+    Raises:
+        UserError: Something is not as it must be.
+    """
+    wanted = Wish(**wish)
+    points = points_of(wanted, methods, budgets, uniform)
+    used = {method.id for point in points for method in point.wish.methods()}
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        setting = Setting(
+            str(model),
+            Texts(calibration, samples, length, text, text_samples),
+            device,
+            trust_remote_code,
+            str(kept.folder),
+            cache_bytes,
+            sorted(used),
+            [name for point in points for name in point.wish.learning],
+        )
+        target = Path(os.path.abspath(Path(out).expanduser()))
+        found = _sweep(
+            setting,
+            wanted,
+            points,
+            target,
+            progress or Silent(),
+            processes=processes,
+            ray=ray,
+            recipe=recipe or {},
+        )
+        publish(found, target, {})
+    return found
 
 
 def load(

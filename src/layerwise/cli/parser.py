@@ -37,7 +37,18 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for add in (_inspect, _plan, _compress, _evaluate, _run, _methods, _show, _check, _claims):
+    for add in (
+        _inspect,
+        _plan,
+        _compress,
+        _sweep,
+        _evaluate,
+        _run,
+        _methods,
+        _show,
+        _check,
+        _claims,
+    ):
         add(commands, arguments)
     return parser
 
@@ -72,6 +83,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
     )
     _grid(made)
+    _method(made)
     _calibration(made)
     _machine(made)
 
@@ -125,6 +137,37 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     )
     _cache(made)
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    _machine(made)
+
+
+def _sweep(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "sweep",
+        "try methods and budgets on one calibration; a table, the Pareto front, a plan for each",
+        "layerwise sweep builtin:tiny --methods rtn,gptq --budgets 2.5,3,4 -o tried",
+        "layerwise sweep MODEL --methods rtn,gptq,awq --budgets 2,2.5,3,4 --uniform -o tried \\",
+        "    --calibration text.txt --allow density=1,0.5 --format layerwise --processes 2",
+        "layerwise compress MODEL --plan tried/plans/gptq-3bits.yaml --calibration text.txt -o OUT",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to make")
+    made.add_argument("--methods", required=True, metavar="NAMES", help="quantizers")
+    made.add_argument(
+        "--budgets", default="", metavar="SIZES", help="as compress takes them; numbers are bits"
+    )
+    made.add_argument("--uniform", action="store_true", help="add each width for all layers alike")
+    how = made.add_argument_group("what every point may do")
+    _grid(how)
+    _levels(how)
+    _calibration(made)
+    _proof_text(made.add_argument_group("text to compare on"))
+    where = made.add_argument_group("where points are found")
+    where.add_argument("--processes", type=int, default=1, help="of this machine (1)")
+    where.add_argument(
+        "--ray", default="", metavar="ADDRESS", help="a Ray cluster; auto starts one if none is"
+    )
+    _cache(made)
     _machine(made)
 
 
@@ -231,7 +274,6 @@ def _grid(parser: Any) -> None:
         default=None,
         help="store no zero points (as the format has it; with them if it may)",
     )
-    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
 
 
 def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -250,6 +292,20 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="NATS",
         help="the smallest model whose KL on the text it is compared on is not above this",
     )
+    _grid(how)
+    _method(how)
+    _levels(how)
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
+
+
+def _method(parser: Any) -> None:
+    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _levels(how: Any) -> None:
     how.add_argument(
         "--allow",
         action="append",
@@ -273,7 +329,6 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="what calibration shows methods: the original model's activations, or those after "
         "earlier blocks were transformed (original for a budget, transformed otherwise)",
     )
-    _grid(how)
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
@@ -291,10 +346,6 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="NAME",
         help="dense, compressed-tensors or layerwise (dense)",
     )
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
 
 
 def _noise_floor(parser: Any) -> None:

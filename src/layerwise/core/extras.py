@@ -12,6 +12,7 @@ _EXTRAS = {
     "huggingface_hub": "transformers",
     "compressed_tensors": "compressed-tensors",
     "datasets": "datasets",
+    "ray": "ray",
     "lm_eval": "tasks",
     "PIL": "images",
 }

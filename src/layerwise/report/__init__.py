@@ -11,6 +11,7 @@ from layerwise.report.tables import (
     structure_json,
     structure_table,
     summary,
+    sweep_table,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "structure_json",
     "structure_table",
     "summary",
+    "sweep_table",
 ]

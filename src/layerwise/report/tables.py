@@ -11,7 +11,7 @@ from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
-from layerwise.core.outcome import Report
+from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.structure import Structure
 from layerwise.report.figures import figure, share, windows_line
@@ -176,6 +176,38 @@ def summary(report: Report) -> Group:
             )
         )
     return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes))
+
+
+def sweep_table(sweep: Sweep) -> Group:
+    """One row per point, smallest first; those that no other beats are marked."""
+    table = _table(
+        ("", "left"),
+        ("method", "left"),
+        ("budget", "left"),
+        ("bits", "right"),
+        ("MB", "right"),
+        ("KL", "right"),
+        ("perplexity", "right"),
+        ("top-1", "right"),
+        ("seconds", "right"),
+    )
+    for point in sorted(sweep.points, key=lambda one: (one.bytes, one.kl or 0.0)):
+        table.add_row(
+            "*" if point.front else "",
+            point.method,
+            point.budget,
+            f"{point.bits:.3f}",
+            _mb(point.bytes),
+            _number(point.kl),
+            _number(point.perplexity),
+            "-" if point.top1 is None else f"{point.top1:.2%}",
+            f"{point.seconds:.1f}",
+        )
+    lines = [
+        f"{sweep.model}, compared on {sweep.text}; * is beaten by no other point",
+        *(f"note: {note}" for note in sweep.notes),
+    ]
+    return Group(table, *(Text(line) for line in lines))
 
 
 def methods_table(methods: Sequence[Method]) -> Table:
