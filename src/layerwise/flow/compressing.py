@@ -188,7 +188,8 @@ def _transform(
     if heldout is None:
         return walked.rows, (), None
     first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
-    if runner.whole:
+    # Only a text is compared here: what else a model answers is proven, and no more.
+    if runner.whole or first.dim() != 3:
         return walked.rows, (), first
     return walked.rows, _compare(runner, walked, heldout), first
 

@@ -135,7 +135,8 @@ def _prepared_module(
     shown = None if proof == "none" else heldout or calibration
     runs = shown is not None or (needy and calibration is not None)
     runner = Runner(source, found, device=device) if runs else None
-    floor = texts.noise_floor and shown is not None and runner is not None and not runner.whole
+    text = shown is not None and shown.ids.dim() == 2
+    floor = texts.noise_floor and text and runner is not None and not runner.whole
     return Prepared(source, found, runner, calibration if needy else None, shown, floor)
 
 
