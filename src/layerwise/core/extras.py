@@ -12,6 +12,9 @@ _EXTRAS = {
     "huggingface_hub": "transformers",
     "compressed_tensors": "compressed-tensors",
     "datasets": "datasets",
+    "gptqmodel": "gptq",
+    "optimum": "gptq",
+    "peft": "peft",
 }
 
 

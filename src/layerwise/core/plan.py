@@ -49,6 +49,16 @@ class LayerPlan:
         return replace(self, score=None, why="")
 
     @property
+    def quantizer(self) -> catalogue.Method:
+        """The method that makes the codes, if there are to be any."""
+        return catalogue.get(f"quantize/{self.method}")
+
+    @property
+    def codes(self) -> catalogue.Codes | None:
+        """What the codes stand for; None if there are to be none."""
+        return None if self.bits is None else self.quantizer.codes
+
+    @property
     def steps(self) -> list[tuple[str, dict[str, Any]]]:
         """The methods to run, in order, each with the options this plan sets."""
         made: list[tuple[str, dict[str, Any]]] = []
@@ -232,12 +242,14 @@ def _check_options(id: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
-    widest = 16
+    widths = catalogue.WIDTHS if plan.bits is None else plan.quantizer.widths
     allowed = (
         (
-            plan.bits is None or plan.bits in range(1, widest + 1),
+            plan.bits is None or plan.bits in widths,
             f"bits {plan.bits}",
-            f"Bits go from 1 to {widest}.",
+            f"Bits go from {widths[0]} to {widths[-1]}."
+            if len(widths) > 1
+            else f"quantize/{plan.method} has codes of {widths[0]} bits only.",
         ),
         (
             plan.bits != 1 or not plan.symmetric,

@@ -26,7 +26,7 @@ from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, walk
-from layerwise.flow.evaluating import answers, compare, load
+from layerwise.flow.evaluating import answers, compare, load, loader_of
 from layerwise.flow.planning import Wish, make_plan
 from layerwise.flow.preparing import (
     Prepared,
@@ -214,6 +214,7 @@ def _small_files(
     if added:
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files |= format.files(plan, prepared.found)
     files["plan.yaml"] = to_yaml(plan, source.label, prepared.found).encode()
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
@@ -248,7 +249,7 @@ def _prove(
     else:
         model = load(written, trust_remote_code=trust_remote_code)
         found = torch.cat(list(answers(model, ids)))
-        loader = f"transformers {type(model).__name__}"
+        loader = loader_of(model)
     progress.step("load back")
     difference = float((found.float() - expected).abs().max())
     allowed = ALLOWED * float(expected.abs().max())

@@ -15,6 +15,7 @@ from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.forecast import Forecast, forecast
+from layerwise.core.extras import need
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.runner import Runner
@@ -88,7 +89,10 @@ def prepare(
         return _prepared_module(source, found, texts, bool(needy), proof, device)
     proving = _proving(source, proof)
     if proving and format is not None:
-        need_packages(format, "the proof (or give --proof none)")
+        purpose = "the proof (or give --proof none)"
+        need_packages(format, purpose)
+        if format.adapts and any(method.verb == "compensate" for method in methods):
+            need("peft", purpose)
     if not needy and not proving:
         return Prepared(source, found, None, None, None)
     runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
@@ -204,7 +208,7 @@ def check_disk(out: Path, size: int) -> None:
         UserError: There is less free than `size` bytes, what a stopped run holds counted as free.
     """
     place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).glob("*"))
+    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).rglob("*"))
     free = shutil.disk_usage(place).free + held
     if free < size:
         raise UserError(
