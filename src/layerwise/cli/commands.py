@@ -245,7 +245,7 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
-        "levels": _widths("--levels", chosen.levels),
+        "levels": _widths("--levels", chosen.levels) if chosen.levels else [],
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
@@ -254,6 +254,7 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "allocate": chosen.allocate,
         "measure": chosen.by,
         "format": chosen.format,
+        "server": chosen.server,
         "options": options,
     }
 

@@ -212,7 +212,7 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="SIZE",
         help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a width for each layer",
     )
-    how.add_argument("--levels", default="2,3,4,8", help="widths a budget chooses from (2,3,4,8)")
+    how.add_argument("--levels", default="", help="widths a budget chooses from (2,3,4,8)")
     _grid(how)
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
@@ -227,9 +227,15 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
         "--format",
-        default="dense",
+        default="",
         metavar="NAME",
-        help="dense, compressed-tensors or layerwise (dense)",
+        help="dense, compressed-tensors, gptq or layerwise (dense, or what --server loads)",
+    )
+    how.add_argument(
+        "--server",
+        default="",
+        metavar="NAME",
+        help="what is to load it: vllm, transformers or llama.cpp; its rules are checked first",
     )
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)
@@ -259,6 +265,7 @@ _NAMING = {
 WISHES = (
     "--bits", "--budget", "--levels", "--group", "--symmetric", "--no-symmetric", "--method",
     "--density", "--pruner", "--rank", "--compensator", "--allocate", "--by", "--format",
+    "--server",
 )  # fmt: skip
 
 

@@ -92,12 +92,14 @@ class Plan:
         format: How the output is stored.
         options: Options of methods beyond what a layer's plan sets, by method id.
         budget: The budget the plan was made for, as given; "" for none.
+        server: What is to load the output, whose rules the plan must keep; "" for any.
     """
 
     layers: Mapping[str, LayerPlan]
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     budget: str = ""
+    server: str = ""
 
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
@@ -111,6 +113,8 @@ _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
     head = {"model": model, "format": plan.format}
+    if plan.server:
+        head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
     lines = [
@@ -140,7 +144,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
-    known = {"model", "format", "budget", "options", "layers", "leave"}
+    known = {"model", "format", "server", "budget", "options", "layers", "leave"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -156,7 +160,8 @@ def read_plan(file: Path, found: Structure) -> Plan:
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     if not isinstance(format, str):
         raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
-    return Plan(layers, format, options, str(content.get("budget", "")))
+    budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
+    return Plan(layers, format, options, budget, server)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
@@ -305,14 +310,15 @@ def _check_fused(item: list[Layer], plan: Plan) -> None:
             plan.layers[layer.name].bits,
             plan.layers[layer.name].group,
             plan.layers[layer.name].symmetric,
+            plan.layers[layer.name].codes,
         )
         for layer in item
     }
     if len(set(grids.values())) > 1:
         raise UserError(
             "servers hold these layers as one matrix, but the plan gives them different grids: "
-            + ", ".join(f"{name} {bits} bits" for name, (bits, _, _) in grids.items()),
-            "Give them the same bits, group and symmetry.",
+            + ", ".join(f"{name} {bits} bits" for name, (bits, *_) in grids.items()),
+            "Give them the same bits, group and symmetry, and codes of one kind.",
         )
 
 

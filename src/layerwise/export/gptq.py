@@ -36,7 +36,6 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import Quantized
@@ -56,6 +55,7 @@ WIDTHS = (2, 3, 4, 8)
 GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)
 _SCALE_DTYPE = torch.float16
 _KERNEL = "gptq_torch"
+_ARCHITECTURES = ("ForCausalLM", "LMHeadModel")
 # vLLM asks for a rule by the name of the matrix that it makes of some layers.
 _FUSED_NAMES: Mapping[str, str] = {
     "q_proj": "qkv_proj",
@@ -75,9 +75,9 @@ class Gptq(Format):
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for, and models that its loaders do not know."""
         architecture = (self.source.config.get("architectures") or [""])[0]
-        if not architecture.endswith(LANGUAGE_MODELS):
+        if not architecture.endswith(_ARCHITECTURES):
             raise UserError(
-                f"gptq holds language models, and {self.source.label} is a "
+                f"gptq holds models that write text, and {self.source.label} is a "
                 f"{architecture or 'model of unknown class'}.",
                 "Write --format layerwise or dense.",
             )
@@ -228,9 +228,7 @@ def _stand_in_tokenizer(words: int) -> Any:
     transformers = need("transformers", "loading a model")
     vocabulary = {str(word): word for word in range(words)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="0"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="0", eos_token="0"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="0")
 
 
 def _in_full(model: Any, source: Checkpoint, dtype: torch.dtype) -> Any:
@@ -247,15 +245,16 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
         return problem
     if plan.bits is None:
         return ""
-    filled = f"a multiple of 32 bits for its {layer.rows} outputs and {layer.width} inputs"
+    filled = layer.rows * plan.bits % WORD == layer.width * plan.bits % WORD == 0
+    shape = f"{layer.rows} x {layer.width}"
     rules = (
         (plan.codes != "integer", "its codes are floats"),
         (plan.bits not in WIDTHS, f"{plan.bits} bits; it has {_listed(WIDTHS)}"),
         (plan.group not in GROUPS, f"a group of {plan.group}; it has {_listed(GROUPS)} (0: a row)"),
         (not plan.symmetric, "its loaders refuse asymmetric grids; use --symmetric"),
-        (layer.layout == "convolution", "it is a convolution"),
+        (layer.layout != "linear", f"it is stored as a {layer.layout}, not as a Linear"),
         ("experts." in layer.name or layer.expert is not None, "no loader was found for experts"),
-        (layer.rows * plan.bits % WORD + layer.width * plan.bits % WORD > 0, f"codes take {filled}"),
+        (not filled, f"{plan.bits}-bit codes of {shape} do not fill 32-bit words both ways"),
     )
     return next((problem for applies, problem in rules if applies), "")
 

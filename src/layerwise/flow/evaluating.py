@@ -145,9 +145,7 @@ def _by_transformers(
     else:
         config = known.config_class.from_pretrained(folder)
         del config.quantization_config
-        model, told = known.from_pretrained(
-            None, config=config, state_dict=dict(state), **options
-        )
+        model, told = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
     return model, sorted(told["missing_keys"])
 
 

@@ -16,6 +16,7 @@ from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import described, fits
+from layerwise.export import servers
 from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.survey import Survey, for_layer, survey
 
@@ -34,7 +35,8 @@ class Wish:
     Attributes:
         bits: Width of every layer; None when a budget decides, or nothing is quantized.
         budget: "3.5bits" stored per weight, "40%" of the files, or "1.2GiB" of them.
-        levels: Widths that a budget may choose among.
+        levels: Widths that a budget may choose among; none for those of `LEVELS` that the method
+            has and the server loads.
         group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
             divides the width of every layer, or the row if none does, or what the format has.
         symmetric: No zero points; None for what the format takes, with zero points if it may.
@@ -45,13 +47,14 @@ class Wish:
         compensator: Compensator.
         allocate: Allocator; "" is knapsack for a budget, and the same density everywhere.
         measure: Measure that an allocator by scores goes by.
-        format: How the output is stored.
+        format: How the output is stored; "" is what the server loads best, or dense.
         options: Options of methods, by id.
+        server: What is to load the output; "" for anything that loads the format.
     """
 
     bits: int | None = None
     budget: str = ""
-    levels: Sequence[int] = LEVELS
+    levels: Sequence[int] = ()
     group: int | None = None
     symmetric: bool | None = None
     method: str = "rtn"
@@ -61,8 +64,9 @@ class Wish:
     compensator: str = "svd"
     allocate: str = ""
     measure: str = "lim"
-    format: str = "dense"
+    format: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    server: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -73,6 +77,9 @@ class Wish:
         for name, kind in get_type_hints(Wish).items():
             if not fits(given := getattr(self, name), kind):
                 raise UserError(f"{name} is {given!r}.", f"Write {described(kind)}.")
+        default = servers.default_format(self.server) if self.server else "dense"
+        object.__setattr__(self, "format", self.format or default)
+        object.__setattr__(self, "levels", self.levels or self._usual_levels())
         if self.budget:
             budget_amount(self.budget)
         if self.budget and self.bits is not None:
@@ -84,10 +91,12 @@ class Wish:
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
         group, symmetric = export.kind(self.format).grid(bits or 0)
+        # A float needs no zero point to lie on both sides of 0.0.
+        centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
         return LayerPlan(
             bits,
             (group or 0) if self.group is None else self.group,
-            bool(symmetric) if self.symmetric is None else self.symmetric,
+            bool(symmetric or centred) if self.symmetric is None else self.symmetric,
             self.method,
             self.density,
             self.pruner,
@@ -101,17 +110,42 @@ class Wish:
         if self.group is not None or chosen_by_format is not None:
             return self
         widths = {layer.width for layer in found.layers.values()}
-        return replace(self, group=next((g for g in GROUPS if all(w % g == 0 for w in widths)), 0))
+        loaded = (self._rules.groups or {}).get(self._quantizer.codes, GROUPS)
+        fitting = (g for g in GROUPS if g in loaded and all(w % g == 0 for w in widths))
+        return replace(self, group=next(fitting, 0))
 
     def methods(self) -> list[catalogue.Method]:
         """Every method it names, so that a misspelt one is refused at once."""
-        level = self.level(self.bits if self.bits is not None else (4 if self.budget else None))
+        level = self.level(self.levels[0] if self.budget else self.bits)
+        for bits in self.levels if self.budget else [self.bits]:
+            self._check_server(self.level(bits))
         used = [catalogue.get(id) for id, _ in level.steps]
         if allocator := self.allocator():
             used.append(allocator)
             if "scores" in allocator.evidence:
                 used.append(catalogue.get(f"measure/{self.measure}"))
         return used
+
+    @property
+    def _quantizer(self) -> catalogue.Method:
+        return catalogue.get(f"quantize/{self.method}")
+
+    @property
+    def _rules(self) -> servers.Rules:
+        return servers.allowed(self.server, self.format)
+
+    def _usual_levels(self) -> Sequence[int]:
+        method = self._quantizer
+        loaded = method.widths
+        if (known := self._rules.widths) is not None:
+            loaded = known.get(method.codes, ())
+        return [bits for bits in LEVELS if bits in method.widths and bits in loaded] or LEVELS
+
+    def _check_server(self, level: LayerPlan) -> None:
+        """Refuse what the server loads of no model; the group waits for the widths of layers."""
+        if self.group is None and (groups := self._rules.groups) is not None:
+            level = replace(level, group=next(iter(groups.get(level.codes or "integer", (0,)))))
+        servers.check_level(self.server, self.format, level)
 
     def allocator(self) -> catalogue.Method | None:
         """What shares out the budget, or the density; None if every layer gets the same.
@@ -167,7 +201,7 @@ def make_plan(prepared: Prepared, wish: Wish, progress: Progress) -> Plan:
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")
         layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
-        return Plan(layers, wish.format, wish.options)
+        return Plan(layers, wish.format, wish.options, server=wish.server)
     market = _widths(wish, prepared) if wish.budget else _densities(wish, prepared, allocator)
     if market.budget < (least := sum(int(cost[0]) for cost in market.costs)):
         share = 8 / sum(layer.count for layer in found.layers.values())
@@ -204,7 +238,7 @@ def make_plan(prepared: Prepared, wish: Wish, progress: Progress) -> Plan:
         for layer in item
     }
     ordered = {name: layers[name] for name in found.layers}
-    return Plan(ordered, wish.format, wish.options, wish.budget)
+    return Plan(ordered, wish.format, wish.options, wish.budget, wish.server)
 
 
 def _widths(wish: Wish, prepared: Prepared) -> _Market:
@@ -237,7 +271,7 @@ def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> int:
     """
     found = prepared.found
     layers = {name: for_layer(level, layer) for name, layer in found.layers.items()}
-    plan = Plan(layers, wish.format, wish.options)
+    plan = Plan(layers, wish.format, wish.options, server=wish.server)
     arrangement = check(prepared, plan)
     return arrangement.size - sum(slot.info.size for slot in arrangement.slots.values())
 

@@ -13,15 +13,16 @@ from layerwise import builtin, export
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.forecast import Forecast, forecast
-from layerwise.core.extras import need
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
+from layerwise.export.servers import check_server
 from layerwise.flow.evaluating import need_packages
 
 Proving = Literal["auto", "logits", "none"]
@@ -177,9 +178,10 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     """Refuse a plan that would fail later, and lay its output out.
 
     Raises:
-        UserError: See `check_plan`, and the format's own `check`.
+        UserError: See `check_plan`, `check_server`, and the format's own `check`.
     """
     check_plan(plan, prepared.found)
+    check_server(plan, prepared.found)
     format = export.get(plan.format, prepared.source)
     format.check(plan, prepared.found)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
