@@ -91,6 +91,11 @@ class Format(ABC):
         """Small files to put beside the weights, by their paths in the output."""
         return {}
 
+    @property
+    def loader(self) -> str:
+        """What loads files of this format, by the name of its package."""
+        return "transformers"
+
     def load(self, dtype: torch.dtype) -> tuple[Any, Sequence[str]] | None:
         """The model by a loader that must be told how, and weights that were not in the files.
 

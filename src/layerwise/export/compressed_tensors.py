@@ -121,8 +121,9 @@ class CompressedTensors(Format):
         if done.quantized is None:
             return corrected(done, done.base.to(dtype).float(), dtype)
         values = done.quantized.grid_values()
-        # transformers joins a block's experts to one tensor, which it holds in the scales' dtype.
-        if "experts." in done.layer.name:
+        # transformers joins a block's experts to one tensor; of packed codes it holds that in the
+        # scales' dtype, of floats in the one it was asked for.
+        if "experts." in done.layer.name and done.quantized.points is None:
             return values.to(SCALE_DTYPE).float()
         return corrected(done, values, dtype)
 

@@ -22,7 +22,6 @@ transformers and optimum (2.3) if all layers have one grid.
 
 import re
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -183,16 +182,20 @@ class Gptq(Format):
         }
         return {"quantization_config": config | ({"dynamic": dynamic} if dynamic else {})}
 
+    @property
+    def loader(self) -> str:
+        """Transformers if all layers have one grid, else GPTQModel."""
+        rules = self.source.config["quantization_config"].get("dynamic") or {}
+        mixed = any(not rule.startswith("-:") for rule in rules)
+        return "GPTQModel" if mixed else "transformers"
+
     def load(self, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
-        """The model by transformers if all layers have one grid, else by GPTQModel."""
+        """The model by its loader, whatever that narrowed to float16 in full."""
         source = cast("Checkpoint", self.source)
-        rules = source.config["quantization_config"].get("dynamic", {})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what these packages ask of each other
-            if any(rule.startswith("+:") for rule in rules):
-                model, missing = _by_gptqmodel(source), ()
-            else:
-                model, missing = _by_transformers(source, dtype)
+        if self.loader == "transformers":
+            model, missing = _by_transformers(source, dtype)
+        else:
+            model, missing = _by_gptqmodel(source), ()
         return _in_full(model, source, dtype), missing
 
 

@@ -249,7 +249,7 @@ def _prove(
     else:
         model = load(written, trust_remote_code=trust_remote_code)
         found = torch.cat(list(answers(model, ids)))
-        loader = loader_of(model)
+        loader = loader_of(written, model)
     progress.step("load back")
     difference = float((found.float() - expected).abs().max())
     allowed = ALLOWED * float(expected.abs().max())
@@ -271,4 +271,9 @@ def _notes(prepared: Prepared, plan: Plan) -> list[str]:
         )
     if plan.format != "layerwise" and any(p.density < 1 for p in plan.layers.values()):
         notes.append("pruned weights are stored as zeros; --format layerwise leaves them out")
+    if export.kind(plan.format).adapts and any(p.rank for p in plan.layers.values()):
+        notes.append(
+            f"low-rank corrections lie in {export.ADAPTER_CONFIG.partition('/')[0]}/ as an adapter "
+            "(vLLM: --enable-lora; peft: PeftModel.from_pretrained)"
+        )
     return notes

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -149,10 +150,12 @@ def _by_transformers(
     return model, sorted(told["missing_keys"])
 
 
-def loader_of(model: Any) -> str:
-    """What a loaded model came from, in words."""
+def loader_of(source: Checkpoint, model: Any) -> str:
+    """What loaded a model from its files, and as what, in words."""
+    format = _format(source)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    return f"transformers {type(base).__name__}" + " and peft" * (base is not model)
+    loader = "transformers" if format is None else format.loader
+    return f"{loader} {type(base).__name__}" + " and peft" * (base is not model)
 
 
 def adapter_of(source: Checkpoint) -> Path | None:
@@ -190,8 +193,12 @@ def answers(model: Any, ids: Tensor) -> Iterator[Tensor]:
 
 
 def _without_bars() -> contextlib.AbstractContextManager[object]:
-    """What loads and unpacks compressed layers draws bars and banners, terminal or not."""
+    """What loads and unpacks compressed layers draws bars and banners, terminal or not.
+
+    It also warns of what its packages ask of each other.
+    """
     quiet = contextlib.ExitStack()
     quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
     quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    quiet.enter_context(warnings.catch_warnings(action="ignore"))
     return quiet
