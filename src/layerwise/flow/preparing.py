@@ -87,6 +87,12 @@ def prepare(
             "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
         )
     if isinstance(source, ModuleSource):
+        if format is not None and format.packages and proof != "none":
+            raise UserError(
+                f"{source.label} is in memory, and {' and '.join(format.packages)} load a model's "
+                "directory.",
+                "Save it (model.save_pretrained(DIR)) and give DIR, or write --format layerwise.",
+            )
         return _prepared_module(source, found, texts, bool(needy), proof, device)
     proving = _proving(source, proof)
     if proving and format is not None:
