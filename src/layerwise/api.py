@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.core import cache as caches
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import Checkpoint, Source, open_checkpoint, open_source
 from layerwise.core.errors import UserError
@@ -20,11 +21,15 @@ from layerwise.core.text import Text, windows
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.evaluating import answers, compare
 from layerwise.flow.evaluating import load as _load
-from layerwise.flow.planning import Wish, check_level, make_plan
+from layerwise.flow.identity import candidates_of
+from layerwise.flow.market import check_level
+from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
-from layerwise.flow.survey import Survey, survey
+from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
+CACHE_BYTES = 20 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +98,10 @@ def measure(
     )
     for level in tried:
         check_level(prepared, wanted, level)
-    ids = prepared.calibration.ids if prepared.calibration else None
+    layers = opened.structure.layers.items()
     return survey(
-        prepared.source,
-        prepared.found,
-        prepared.runner,
-        ids,
-        levels=tried,
+        prepared,
+        {name: [for_layer(level, layer) for level in tried] for name, layer in layers},
         options=wanted.options,
         measures=chosen,
         progress=progress or Silent(),
@@ -112,6 +114,10 @@ def plan(
     calibration: Text | None = None,
     samples: int = 64,
     length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -124,6 +130,10 @@ def plan(
         calibration: Text to gather evidence on.
         samples: Windows of it.
         length: Tokens per window.
+        text: Text that a limit on the KL is to hold on.
+        text_samples: Windows of it.
+        cache: Keep what is made of layers, so that another budget takes seconds.
+        cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
         progress: Is told of each block.
@@ -138,12 +148,15 @@ def plan(
         opened.source,
         opened.structure,
         wanted.methods(),
-        Texts(calibration, samples, length),
-        proof="none",
+        Texts(calibration, samples, length, text, text_samples),
+        learning=wanted.learning,
+        proof="none" if wanted.max_kl is None else "auto",
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    made = make_plan(prepared, wanted, progress or Silent())
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        candidates = candidates_of(prepared, kept)
+        made = make_plan(prepared, wanted, candidates, progress or Silent()).plan
     check(prepared, made)
     return made
 
@@ -202,6 +215,9 @@ def compress(
     text: Text | None = None,
     text_samples: int = 32,
     proof: Proving = "auto",
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    layer_windows: int = 4,
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -221,6 +237,10 @@ def compress(
         text: Text to compare on; by default one that calibration did not see.
         text_samples: Windows of it.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        cache: Keep what is made of layers, so that another budget takes seconds.
+        cache_bytes: Most that all that is kept may take.
+        layer_windows: Windows of the text on which each layer's own KL is measured, when a
+            budget was shared out; 0 leaves that out.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -236,19 +256,22 @@ def compress(
             f"the plan says what to do, and {sorted(wish)[0]} says it too.",
             "Leave one out, or change the plan.",
         )
-    return _compress(
-        model,
-        out,
-        Wish(**wish),
-        Texts(calibration, samples, length, text, text_samples),
-        progress or Silent(),
-        plan=Path(plan) if isinstance(plan, str) else plan,
-        proof=proof,
-        device=device,
-        restart=restart,
-        trust_remote_code=trust_remote_code,
-        recipe=recipe,
-    )
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        return _compress(
+            model,
+            out,
+            Wish(**wish),
+            Texts(calibration, samples, length, text, text_samples),
+            progress or Silent(),
+            plan=Path(plan) if isinstance(plan, str) else plan,
+            proof=proof,
+            cache=kept,
+            layer_windows=layer_windows,
+            device=device,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            recipe=recipe,
+        )
 
 
 def load(

@@ -10,9 +10,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors.torch import load_file
 
 import layerwise as lw
+from layerwise.core.packing import pack, unpack
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import structure
-from layerwise.export._packing import pack, unpack
 from layerwise.export.compressed_tensors import CompressedTensors
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import layerwise as lw
 from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.export.layerwise import VERSION, Layerwise, pack_bits, unpack_bits
+from layerwise.core.packing import pack_bits, unpack_bits
+from layerwise.export.layerwise import VERSION, Layerwise
 
 TEXT = torch.arange(8 * 32).remainder(256).reshape(8, 32)
 PLANS = {

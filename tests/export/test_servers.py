@@ -9,7 +9,7 @@ import layerwise as lw
 from layerwise import export
 from layerwise.core.plan import LayerPlan, Plan, read_plan, to_yaml
 from layerwise.export.servers import SERVERS, allowed, check_level, check_server, default_format
-from layerwise.flow.planning import Wish
+from layerwise.flow.wish import Wish
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,8 @@ from layerwise.flow.planning import Wish
         ({"bits": 8, "method": "fp8", "group": 32}, "groups of 32"),
         ({"bits": 4, "rank": 600}, "rank 600"),
         ({"bits": 4, "format": "layerwise"}, "vllm does not load the format layerwise"),
-        ({"budget": "3.5bits", "levels": [2, 4]}, "2 bits"),
+        ({"budget": "3.5bits", "allow": {"bits": [2.0, 4.0]}}, "2 bits"),
+        ({"budget": "9bits", "allow": {"rank": [0.0, 600.0]}}, "rank 600"),
         ({"bits": 4, "format": "gptq", "method": "fp8"}, "float8|8 bits only"),
         ({"bits": 4, "server": "triton"}, "unknown server"),
         ({"bits": 4, "server": "transformers", "format": "gptq", "group": 16}, "groups of 16"),
@@ -45,8 +46,9 @@ def test_defaults_are_what_the_server_loads(llama):
     assert {(layer.group, layer.symmetric) for layer in plan.layers.values()} == {(32, True)}
     floats = lw.plan(llama, bits=8, method="fp8", server="vllm")
     assert {(layer.group, layer.symmetric) for layer in floats.layers.values()} == {(0, True)}
-    assert tuple(Wish(budget="4bits", server="vllm").levels) == (4, 8)
-    assert tuple(Wish(budget="4bits").levels) == (2, 3, 4, 8)
+    for server, widths in (("vllm", [4, 8]), ("", [2, 3, 4, 8])):
+        wish = Wish(budget="4bits", server=server)
+        assert [level.bits for level in wish.combinations()] == widths
     assert Wish().format == "dense"
 
 
@@ -55,6 +57,17 @@ def test_groups_that_the_server_lacks_are_not_chosen(make_llama, tmp_path):
     models.make("llama", tmp_path / "model")
     plan = lw.plan(tmp_path / "model", bits=4, server="vllm")
     assert {layer.group for layer in plan.layers.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("server", "format"), [("vllm", "compressed-tensors"), ("transformers", "gptq")]
+)
+def test_a_budget_keeps_the_server_s_rules(server, format, llama):
+    allow = {"bits": [4.0, 8.0]}
+    plan = lw.plan(llama, budget="6bits", allow=allow, server=server, format=format)
+    given = {layer.bits for layer in plan.layers.values()}
+    assert given == ({4, 8} if server == "vllm" else {4})
+    assert plan.server == server
 
 
 def test_an_edited_plan_is_checked_again(llama, tmp_path):

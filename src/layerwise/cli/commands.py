@@ -16,8 +16,8 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Report
 from layerwise.core.plan import to_yaml
-from layerwise.core.written import check_types, read_yaml
-from layerwise.flow.planning import Wish
+from layerwise.core.written import bytes_of, check_types, read_yaml
+from layerwise.flow.wish import Wish
 
 # The measure that is also found at several widths at once.
 ERROR = "error"
@@ -78,6 +78,9 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_calibration(chosen),
             **_machine(chosen),
             **_wish(chosen, given),
+            text=chosen.text,
+            text_samples=chosen.text_samples,
+            **_cache(chosen),
             progress=bars,
         )
     staged = file.with_name(file.name + ".partial")
@@ -103,7 +106,8 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise compress`."""
-    wanted = chosen.plan or chosen.budget or chosen.bits is not None
+    sized = chosen.budget or chosen.max_kl is not None
+    wanted = chosen.plan or sized or chosen.bits is not None
     if not wanted and chosen.density == 1 and not chosen.rank:
         raise UserError(
             "nothing was asked for.",
@@ -119,6 +123,8 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         "text": chosen.text,
         "text_samples": chosen.text_samples,
         "proof": chosen.proof,
+        "layer_windows": chosen.layer_windows,
+        **_cache(chosen),
         **_machine(chosen),
     }
     done = _compressed(arguments, restart=chosen.restart)
@@ -245,7 +251,8 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
-        "levels": _widths("--levels", chosen.levels) if chosen.levels else [],
+        "max_kl": chosen.max_kl,
+        "allow": _allowed(chosen.allow),
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
@@ -253,6 +260,8 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "compensator": chosen.compensator,
         "allocate": chosen.allocate,
         "measure": chosen.by,
+        "sensitivity": chosen.sensitivity,
+        "inputs": chosen.inputs,
         "format": chosen.format,
         "server": chosen.server,
         "options": options,
@@ -279,6 +288,34 @@ def _widths(flag: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{flag} {text} is not a list of widths.", "Write 2,3,4,8.") from None
+
+
+def _allowed(given: Sequence[str]) -> dict[str, list[float | None]]:
+    """`bits=2,3,none` and the like, by what is allowed."""
+    allowed: dict[str, list[float | None]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if name in allowed:
+            raise UserError(f"--allow {name}= is given twice.", "Write all its values in one.")
+        try:
+            allowed[name] = [_number(part) for part in values.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--allow {text} is not understood.",
+                "Write --allow bits=2,3,4,none --allow density=1,0.5 --allow rank=0,16.",
+            ) from None
+    return allowed
+
+
+def _number(text: str) -> float | None:
+    if text.strip() == "none":
+        return None
+    value = float(text)
+    return int(value) if value.is_integer() and "." not in text else value
+
+
+def _cache(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {"cache": not chosen.no_cache, "cache_bytes": bytes_of(chosen.cache_size)}
 
 
 def _grid(chosen: argparse.Namespace) -> dict[str, Any]:

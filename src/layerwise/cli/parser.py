@@ -88,6 +88,8 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("-o", "--output", required=True, metavar="FILE", help="plan to write")
     _wish(made, arguments)
     _calibration(made)
+    _proof_text(made.add_argument_group("text for --max-kl"))
+    _cache(made)
     _machine(made)
 
 
@@ -107,14 +109,20 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _wish(made, arguments)
     _calibration(made)
     proof = made.add_argument_group("proof")
-    proof.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
-    proof.add_argument("--text-samples", type=int, default=32, help="windows of it (32)")
+    _proof_text(proof)
     proof.add_argument(
         "--proof",
         choices=("auto", "logits", "none"),
         default="auto",
         help="load the files back and compare logits; auto: if the model can run",
     )
+    proof.add_argument(
+        "--layer-windows",
+        type=int,
+        default=4,
+        help="windows on which each layer's own KL is measured, after a budget; 0: none (4)",
+    )
+    _cache(made)
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
     _machine(made)
 
@@ -210,9 +218,37 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         "--budget",
         default="",
         metavar="SIZE",
-        help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a width for each layer",
+        help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a level for each layer",
     )
-    how.add_argument("--levels", default="", help="widths a budget chooses from (2,3,4,8)")
+    size.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the smallest model whose KL on the text it is compared on is not above this",
+    )
+    how.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="WHAT=VALUES",
+        help="what a budget chooses among: bits=2,3,4,8,none density=1,0.5 rank=0,16; may be "
+        "given for each (bits=2,3,4,8)",
+    )
+    how.add_argument(
+        "--sensitivity",
+        choices=("error", "energy", "fisher", "kl"),
+        default="",
+        help="how a budget weighs layers: by the share of each output that is lost, by how much "
+        "of it, by gradients of the answer, or by the KL each brings (fisher, or error where the "
+        "model does not run)",
+    )
+    how.add_argument(
+        "--inputs",
+        choices=("original", "transformed"),
+        default="",
+        help="what calibration shows methods: the original model's activations, or those after "
+        "earlier blocks were transformed (original for a budget, transformed otherwise)",
+    )
     _grid(how)
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
@@ -250,6 +286,21 @@ def _calibration(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
 
 
+def _cache(parser: argparse.ArgumentParser) -> None:
+    kept = parser.add_argument_group("cache")
+    kept.add_argument(
+        "--no-cache", action="store_true", help="keep nothing of what layers become for other runs"
+    )
+    kept.add_argument(
+        "--cache-size", default="20GB", metavar="SIZE", help="most that is kept (20GB)"
+    )
+
+
+def _proof_text(parser: Any) -> None:
+    parser.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    parser.add_argument("--text-samples", type=int, default=32, help="windows of it (32)")
+
+
 def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
@@ -263,9 +314,9 @@ _NAMING = {
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
-    "--bits", "--budget", "--levels", "--group", "--symmetric", "--no-symmetric", "--method",
-    "--density", "--pruner", "--rank", "--compensator", "--allocate", "--by", "--format",
-    "--server",
+    "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
+    "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
+    "--compensator", "--allocate", "--by", "--format", "--server",
 )  # fmt: skip
 
 

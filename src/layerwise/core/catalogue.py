@@ -108,6 +108,7 @@ class Method:
     unit: Literal["layer", "block"]
     codes: Codes = "integer"
     widths: Sequence[int] = WIDTHS
+    nested: bool = False
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -165,6 +166,7 @@ class Verb(Generic[R]):
         unit: Literal["layer", "block"] = "layer",
         codes: Codes = "integer",
         widths: Sequence[int] = WIDTHS,
+        nested: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -176,6 +178,7 @@ class Verb(Generic[R]):
             unit: What a measure scores: one layer, or one block with all its layers.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
+            nested: The correction of a lower rank is the first part of one of a higher rank.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -183,7 +186,9 @@ class Verb(Generic[R]):
 
         def register(run: Callable[P, R]) -> Callable[P, R]:
             name = getattr(run, "__name__", "")
-            method = Method(self.name, name, run, paper, claims, exempt, rows, unit, codes, widths)
+            method = Method(
+                self.name, name, run, paper, claims, exempt, rows, unit, codes, widths, nested
+            )
             self._check(method)
             _methods[method.id] = method
             return run

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -13,6 +13,9 @@ from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
+
+# What calibration shows methods.
+Inputs = Literal["transformed", "original"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class Plan:
         format: How the output is stored.
         options: Options of methods beyond what a layer's plan sets, by method id.
         budget: The budget the plan was made for, as given; "" for none.
+        inputs: What calibration shows methods: what layers see after earlier blocks were
+            transformed, or in the original model.
         server: What is to load the output, whose rules the plan must keep; "" for any.
     """
 
@@ -99,6 +104,7 @@ class Plan:
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     budget: str = ""
+    inputs: Inputs = "transformed"
     server: str = ""
 
     def methods(self) -> list[catalogue.Method]:
@@ -117,6 +123,7 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
         head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
+    head["inputs"] = plan.inputs
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -144,7 +151,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
-    known = {"model", "format", "server", "budget", "options", "layers", "leave"}
+    known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -160,8 +167,11 @@ def read_plan(file: Path, found: Structure) -> Plan:
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     if not isinstance(format, str):
         raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
+    inputs = content.get("inputs", "transformed")
+    if inputs not in get_args(Inputs):
+        raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
     budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
-    return Plan(layers, format, options, budget, server)
+    return Plan(layers, format, options, budget, inputs, server)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:

@@ -118,6 +118,15 @@ class LowRank:
     right: Float[Tensor, "rank in"]
     notes: tuple[str, ...] = ()
 
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor."""
+        return self.left.shape[1]
+
+    def truncated(self, rank: int) -> "LowRank":
+        """Its first columns and rows."""
+        return replace(self, left=self.left[:, :rank], right=self.right[:rank])
+
     def product(self) -> Float[Tensor, "out in"]:
         """The correction as one matrix."""
         return self.left @ self.right

@@ -7,10 +7,11 @@ blocks replaced by stand-ins, so no architecture is known here.
 
 import contextlib
 import copy
+import functools
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -20,11 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import Collector
+from layerwise.core.evidence import Collector, GradientCollector
 from layerwise.core.extras import need
 from layerwise.core.structure import Structure, block_of
 
 MICRO_BATCH_TOKENS = 8192
+
+
+_Collecting = TypeVar("_Collecting", Collector, GradientCollector)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -61,11 +65,41 @@ class _Tap(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (nn.functional.linear, torch.addmm, nn.functional.conv2d):
-            weight = kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
+        if func in _PRODUCTS:
+            weight = _weight(func, args, kwargs)
             for collector in self.watched.get(weight.data_ptr(), ()):
                 collector.see(_columns(func, args, kwargs, weight))
         return func(*args, **kwargs)
+
+
+class _Listen(TorchFunctionMode):
+    """Shows the gradient of what each watched weight answers to its collector."""
+
+    def __init__(self, watched: Mapping[int, Sequence[GradientCollector]]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        if func in _PRODUCTS:
+            for collector in self.watched.get(_weight(func, args, kwargs).data_ptr(), ()):
+                across = 1 if func is nn.functional.conv2d else -1
+                answer.register_hook(functools.partial(_shown, collector, across))
+        return answer
+
+
+def _shown(collector: GradientCollector, across: int, gradient: Tensor) -> None:
+    collector.see(gradient.movedim(across, -1))
+
+
+_PRODUCTS = (nn.functional.linear, torch.addmm, nn.functional.conv2d)
+
+
+def _weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    return kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
 
 
 def _columns(func: Any, args: Sequence[Any], kwargs: Any, weight: Tensor) -> Tensor:
@@ -185,11 +219,8 @@ class Runner:
             collectors: What is to see the inputs of layers, by the layer's name.
         """
         parameters = self._parameters(block, changed=changed)
-        watched: dict[int, list[Collector]] = {}
-        for name, collector in (collectors or {}).items():
-            watched.setdefault(self._pointer(parameters, block, name), []).append(collector)
-        module = self.model.get_submodule(self._module_path(block)) if block else self.model
-        args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
+        watched = self._watched(parameters, block, collectors or {})
+        module, args, kwargs = self._called(block)
         outputs: list[Tensor] = []
         with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
             for batch in hidden.split(self.batch(hidden)):
@@ -198,6 +229,57 @@ class Runner:
                 )
                 outputs.append(_first(outcome).cpu())
         return torch.cat(outputs)
+
+    def backward(
+        self,
+        block: str,
+        hidden: Tensor,
+        gradient: Tensor,
+        collectors: Mapping[str, GradientCollector],
+    ) -> Tensor:
+        """Carry a gradient through a block, from what it answers to what it sees.
+
+        Args:
+            block: One of `blocks`.
+            hidden: What it sees.
+            gradient: Of the loss, with respect to what it answers.
+            collectors: What is to see the gradients of layers' outputs, by the layer's name.
+
+        Returns:
+            The gradient with respect to `hidden`; zeros where that holds token ids.
+        """
+        parameters = self._parameters(block)
+        watched = self._watched(parameters, block, collectors)
+        module, args, kwargs = self._called(block)
+        if not hidden.is_floating_point():  # something must ask for gradients
+            for name in collectors:
+                parameters[self._inside(block, name)].requires_grad_()
+        gradients: list[Tensor] = []
+        size = self.batch(hidden)
+        for batch, wanted in zip(hidden.split(size), gradient.split(size), strict=True):
+            with torch.enable_grad(), _Listen(watched):
+                entering = batch.to(self.device, copy=True)
+                if entering.is_floating_point():
+                    entering.requires_grad_()
+                answer = _first(functional_call(module, parameters, (entering, *args), kwargs))
+            answer.backward(wanted.to(self.device))
+            found = entering.grad
+            gradients.append(torch.zeros(batch.shape) if found is None else found.cpu())
+        return torch.cat(gradients)
+
+    def gradient(self, hidden: Tensor, ids: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gradient of a loss of the logits with respect to what came out of the last block."""
+        outer = {} if self.whole else self._parameters("", skip_blocks=True)
+        gradients: list[Tensor] = []
+        size = self.batch(ids)
+        for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
+            leaving = batch.to(self.device, copy=True).requires_grad_()
+            with torch.enable_grad():
+                answer = leaving if self.whole else self._ended(outer, leaving, tokens)
+                loss(answer).backward()
+            assert leaving.grad is not None
+            gradients.append(leaving.grad.cpu())
+        return torch.cat(gradients)
 
     def logits(
         self, hidden: Tensor, ids: Tensor, changed: Mapping[str, Tensor]
@@ -208,22 +290,25 @@ class Runner:
             return
         outer = self._parameters("", skip_blocks=True, changed=changed)
         size = self.batch(ids)
-        batches = zip(hidden.split(size), ids.split(size), strict=True)
-        for batch, tokens in batches:
-            first = self._wrap(batch.to(self.device))
-
-            def give(*_: Any, first: Any = first, **__: Any) -> Any:
-                return first
-
-            def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
-                return self._wrap(hidden)
-
-            acts = [give, *[pass_on] * (len(self.blocks) - 1)]
-            # A generator that is left half-way must not hold the stand-ins, nor the caller's
-            # grad mode: the answer is yielded outside.
-            with self._stand_ins(acts), torch.no_grad():
-                answer = _first(self._call_model(outer, tokens)).cpu()
+        for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
+            # A generator that is left half-way must not hold the caller's grad mode: the answer
+            # is yielded outside.
+            with torch.no_grad():
+                answer = self._ended(outer, batch.to(self.device), tokens).cpu()
             yield answer
+
+    def _ended(self, outer: dict[str, Tensor], hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of activations that came out of the last block."""
+        first = self._wrap(hidden)
+
+        def give(*_: Any, **__: Any) -> Any:
+            return first
+
+        def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+            return self._wrap(hidden)
+
+        with self._stand_ins([give, *[pass_on] * (len(self.blocks) - 1)]):
+            return _first(self._call_model(outer, ids))
 
     def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         """What the whole model, with these tensors for its own, answers to some windows."""
@@ -301,13 +386,27 @@ class Runner:
             made[parameter.removeprefix(inside)] = value.to(self.device)
         return made
 
-    def _pointer(self, parameters: Mapping[str, Tensor], block: str, layer: str) -> int:
-        place = self._places[layer]
+    def _called(self, block: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """A block's module, and what it is called with after its activations."""
+        module = self.model.get_submodule(self._module_path(block)) if block else self.model
+        args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
+        return module, args, kwargs
+
+    def _watched(
+        self, parameters: Mapping[str, Tensor], block: str, collectors: Mapping[str, _Collecting]
+    ) -> dict[int, list[_Collecting]]:
+        """Collectors by where the weights that they watch lie in memory."""
+        watched: dict[int, list[_Collecting]] = {}
+        for layer, collector in collectors.items():
+            value, expert = parameters[self._inside(block, layer)], self._places[layer].expert
+            pointer = (value if expert is None else value[expert]).data_ptr()
+            watched.setdefault(pointer, []).append(collector)
+        return watched
+
+    def _inside(self, block: str, layer: str) -> str:
+        """The name, inside its block, of the parameter that holds a layer."""
         path = self._module_path(block)
-        value = parameters[place.parameter.removeprefix(f"{path}." if path else "")]
-        if place.expert is not None:
-            value = value[place.expert]
-        return value.data_ptr()
+        return self._places[layer].parameter.removeprefix(f"{path}." if path else "")
 
 
 @dataclass(frozen=True)

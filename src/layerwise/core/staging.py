@@ -27,6 +27,7 @@ from torch import Tensor
 
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.packing import raw_bytes
 
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
@@ -166,7 +167,7 @@ class Staging:
         slot = self.arrangement.slots[name]
         assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
         assert tensor.shape[1:] == torch.Size(slot.info.shape[1:]), f"{name}: {tensor.shape}"
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = raw_bytes(tensor)
         stride = slot.info.size // slot.info.shape[0] if slot.info.count and row else 0
         handle, offset = self.handles[slot.file], slot.offset + row * stride
         with _room(self.out, self.arrangement.size):
@@ -190,7 +191,7 @@ class Staging:
         with _room(self.out, self.arrangement.size):
             self._flush()
             if state is not None:
-                entry["state"] = f"state-{len(self.steps)}.safetensors"
+                entry["state"] = f"state-{len(self.steps)}.tensors"
                 file = self.folder / entry["state"]
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
                 _sync(file)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import check_finite, transform
+from layerwise.core.apply import check_finite, lost_share, transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
@@ -63,7 +63,7 @@ def _step(
 ) -> list[LayerRow]:
     """Write some tensors, unless an earlier run did."""
     if entry := staging.steps.get(infos[0].name):
-        return [LayerRow(**row) for row in entry["facts"]["rows"]]
+        return [LayerRow.from_json(row) for row in entry["facts"]["rows"]]
     rows: list[LayerRow] = []
     for info in infos:
         layers = by_tensor.get(info.name, [])
@@ -125,18 +125,18 @@ def _transform_tensor(
                 wide = weight.to(torch.float32, copy=True)
                 done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
                 slices.append(format.encode(done, info))
-                lost, energy = lost + done.lost, energy + done.energy
+                lost += float(done.lost.sum())
+                energy += float(done.energy.sum())
                 kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
                 notes |= dict.fromkeys(done.notes)
         write_layer(layer, layer_plan, slices, format, staging)
-        error = lost / energy if energy else 0.0
         rows.append(
             LayerRow.of(
                 layer,
                 layer_plan,
                 info,
                 stored=format.size(layer, layer_plan, info),
-                error=error,
+                error=lost_share(lost, energy),
                 density=kept / layer.count,
                 notes=tuple(notes),
             )

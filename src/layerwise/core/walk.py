@@ -5,19 +5,21 @@ model, and the held-out text through both the original and the transformed one, 
 proof.  They are all that a stopped run needs to go on.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layerwise.core.apply import Transformed, transform
+from layerwise.core.candidates import Candidates, Losses
 from layerwise.core.checkpoint import Source
 from layerwise.core.evidence import Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
-from layerwise.core.plan import Plan
+from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
@@ -52,6 +54,7 @@ def walk(
     *,
     calibration: Tensor | None,
     heldout: Tensor,
+    candidates: Candidates | None = None,
 ) -> Walked:
     """Transform a model block by block and write it.
 
@@ -64,13 +67,18 @@ def walk(
         progress: Is told of each block.
         calibration: Token ids, (windows, length); None if no method reads evidence of it.
         heldout: Token ids, (windows, length), for the proof.
+        candidates: Has layers that were made before, if the plan is of what they see in the
+            original model; takes those that are made now.
     """
     source = runner.source
     words = calibrated_words(plan.methods())
     in_block, outside = _by_block(source, found, runner)
     progress.stage("transform", len(runner.blocks))
     started = {HELDOUT: heldout, HELDOUT_BEFORE: heldout}
-    if calibration is not None:
+    original = None
+    if plan.inputs == "original":
+        original = _Original(runner, calibration)
+    elif calibration is not None:
         started[CALIBRATION] = calibration
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
     states = staging.state() if finished else None
@@ -81,11 +89,20 @@ def walk(
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
-            rows += [LayerRow(**row) for row in staging.steps[_step(block)]["facts"]["rows"]]
+            rows += [
+                LayerRow.from_json(row) for row in staging.steps[_step(block)]["facts"]["rows"]
+            ]
             progress.step(block)
             continue
         names = in_block[block]
-        made = _block(runner, found, plan, format, staging, block, names, words, states)
+        layers = [one for one in found.layers.values() if runner.whole or one.block == block]
+        seen = functools.cache(
+            functools.partial(_evidence, runner, block, layers, words, states, original)
+        )
+        kept = candidates if original else None
+        transformed = _transform_block(source, found, plan, layers, seen, kept)
+        made = _carry_and_write(runner, format, staging, block, names, transformed, states)
+        del transformed, seen  # before the next block is read
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
         progress.step(block)
@@ -96,24 +113,54 @@ def walk(
     return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
 
 
-def _block(
+@dataclass
+class _Original:
+    """The calibration text on its way through the original model, carried as far as is needed."""
+
+    runner: Runner
+    ids: Tensor | None
+    hidden: Tensor | None = None
+    at: int = 0
+
+    def before(self, block: str) -> Tensor | None:
+        """What a block sees; blocks are asked for in order."""
+        if self.ids is None:
+            return None
+        if self.hidden is None:
+            self.hidden = self.runner.start(self.ids)
+        for earlier in self.runner.blocks[self.at : self.runner.blocks.index(block)]:
+            self.hidden = self.runner.forward(earlier, self.hidden, {})
+            self.at += 1
+        return self.hidden
+
+
+Evidence = Mapping[str, Mapping[str, object]]
+
+
+def _evidence(
     runner: Runner,
-    found: Structure,
-    plan: Plan,
+    block: str,
+    layers: Sequence[Layer],
+    words: frozenset[str],
+    states: Mapping[str, Tensor],
+    original: _Original | None,
+) -> Evidence:
+    """What calibration shows of a block's inputs."""
+    hidden = states.get(CALIBRATION) if original is None else original.before(block)
+    return gather(runner, block, layers, words, hidden)
+
+
+def _carry_and_write(
+    runner: Runner,
     format: Format,
     staging: Staging,
     block: str,
     names: Sequence[str],
-    words: frozenset[str],
+    transformed: tuple[Mapping[str, Transformed], Mapping[str, Tensor]],
     states: dict[str, Tensor],
 ) -> list[LayerRow]:
-    """Transform and write one block, and carry the activations through it.
-
-    All that a block takes is dropped on return, before the next one is read.
-    """
-    layers = [layer for layer in found.layers.values() if runner.whole or layer.block == block]
-    evidence = gather(runner, block, layers, words, states.get(CALIBRATION))
-    done, folded = _transform_block(runner.source, found, plan, layers, evidence)
+    """Carry the activations through a transformed block, and write it."""
+    done, folded = transformed
     changed = _changed(runner.source, format, done, folded)
     for name, hidden in list(states.items()):
         carried = {} if name == HELDOUT_BEFORE else changed
@@ -158,17 +205,15 @@ def _transform_block(
     found: Structure,
     plan: Plan,
     layers: Sequence[Layer],
-    evidence: Mapping[str, Mapping[str, object]],
+    seen: Callable[[], Evidence],
+    candidates: Candidates | None,
 ) -> tuple[dict[str, Transformed], dict[str, Tensor]]:
     """Every layer of a block, transformed, and the other tensors that scales were folded into."""
     folded: dict[str, Tensor] = {}
     done: dict[str, Transformed] = {}
     by_name = {layer.name: layer for layer in layers}
     for group in _consumers_first(list(by_input(layers).values()), by_name):
-        weights = [_weight(source, layer, folded) for layer in group]
-        seen = evidence.get(group[0].reads, {})
-        plans = [plan.layers[layer.name] for layer in group]
-        for result in transform(group, weights, seen, plans, plan.options):
+        for result in _transform_group(source, plan, group, folded, seen, candidates):
             done[result.layer.name] = result
         scale = done[group[0].name].input_scale
         if scale is not None:
@@ -183,6 +228,41 @@ def _transform_block(
     vectors = {name: value for name, value in folded.items() if _layer_of(name) not in by_name}
     biases = {name: value for name, value in folded.items() if name.endswith(".bias")}
     return done, vectors | biases
+
+
+def _transform_group(
+    source: Source,
+    plan: Plan,
+    group: Sequence[Layer],
+    folded: Mapping[str, Tensor],
+    seen: Callable[[], Evidence],
+    candidates: Candidates | None,
+) -> list[Transformed]:
+    """Layers that read one input, made before or now."""
+    plans = [plan.layers[layer.name] for layer in group]
+    # What scales were folded into is another weight than the one candidates are made of.
+    kept = None if any(layer.tensor in folded for layer in group) else candidates
+    if kept is not None:
+        found = [
+            kept.find(layer, one, plan.options) if one.steps else _left(source, layer, one)
+            for layer, one in zip(group, plans, strict=True)
+        ]
+        known = [one for one in found if one is not None]
+        if len(known) == len(group):
+            return known
+    weights = [_weight(source, layer, folded) for layer in group]
+    evidence = seen().get(group[0].reads, {}) if any(one.steps for one in plans) else {}
+    made = transform(group, weights, evidence, plans, plan.options)
+    for result in made:
+        if kept is not None and result.plan.steps:
+            kept.keep(result, plan.options)
+            kept.keep_losses(result.layer, Losses.of(result), plan.options)
+    return made
+
+
+def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
+    """A layer that its plan leaves as it is."""
+    return transform([layer], [_weight(source, layer, {})], {}, [plan], {})[0]
 
 
 def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:

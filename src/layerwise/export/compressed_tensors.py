@@ -24,6 +24,7 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.packing import pack, words
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE
 from layerwise.core.staging import Arrangement
@@ -36,7 +37,6 @@ from layerwise.export._adapter import (
     corrected,
     encode_adapter,
 )
-from layerwise.export._packing import pack, words
 
 _WIDEST = 8
 _PACKED, _FLOAT, _MIXED = "pack-quantized", "float-quantized", "mixed-precision"

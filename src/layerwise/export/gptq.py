@@ -36,6 +36,7 @@ from layerwise.core.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
+from layerwise.core.packing import WORD, pack, words
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import Quantized
 from layerwise.core.staging import Arrangement
@@ -48,7 +49,6 @@ from layerwise.export._adapter import (
     corrected,
     encode_adapter,
 )
-from layerwise.export._packing import WORD, pack, words
 
 WIDTHS = (2, 3, 4, 8)
 GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,15 +18,14 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.packing import BYTE, pack, pack_bits, unpack, unpack_bits, words
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.results import SCALE_DTYPE, Quantized, float8_points
 from layerwise.core.structure import Layer, Structure
 from layerwise.export._adapter import corrected, factors
-from layerwise.export._packing import pack, unpack, words
 
 NAME = "layerwise"
 VERSION = 2  # the first in which codes may be floats; files without them still say 1
-_BYTE = 8  # bits
 
 
 class Layerwise(Format):
@@ -55,7 +54,7 @@ class Layerwise(Format):
         name, sparse = layer.name, plan.density < 1
         made: list[TensorInfo] = []
         if sparse:
-            shape = (layer.rows, -(-layer.width // _BYTE))
+            shape = (layer.rows, -(-layer.width // BYTE))
             made.append(TensorInfo(f"{name}.mask", torch.uint8, shape))
         if plan.bits is not None:
             groups = -(-layer.width // (plan.group or layer.width))
@@ -191,20 +190,6 @@ def _zero(source: Source, name: str, facts: Mapping[str, Any], scale: Tensor) ->
         middle = 0 if facts.get("codes") == "float8" else 2 ** (bits - 1)
         return torch.full(scale.shape, middle, dtype=torch.int32)
     return unpack(source.read(f"{name}.zero"), bits, scale.shape[1])
-
-
-def pack_bits(mask: Bool[Tensor, "rows width"]) -> Tensor:
-    """Eight entries to a byte, the first in its lowest bit; (rows, ceil(width / 8)), uint8."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % _BYTE))
-    lanes = padded.reshape(len(mask), -1, _BYTE)
-    weights = 2 ** torch.arange(_BYTE, dtype=torch.uint8)
-    return (lanes * weights).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, width: int) -> Bool[Tensor, "rows width"]:
-    """What `pack_bits` packed."""
-    bits = packed[..., None] >> torch.arange(_BYTE, dtype=torch.uint8) & 1
-    return bits.reshape(len(packed), -1)[:, :width].bool()
 
 
 def _capacity(layer: Layer, plan: LayerPlan) -> int:

@@ -39,6 +39,14 @@ class Rules:
     alike: Alike = "fused"
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    def together(self, layer: Layer) -> str:
+        """The same for layers that must have one grid."""
+        if self.alike == "model":
+            return ""
+        expert = "experts." in layer.name or layer.expert is not None
+        alike = self.alike == "experts" and expert
+        return f"{layer.block}: experts" if alike else layer.fused
+
 
 _VLLM = "vllm/model_executor/layers/quantization"
 _VLLM_RANK = "vllm/config/lora.py, MaxLoRARanks: up to 512 (serve with --max-lora-rank)"
@@ -184,7 +192,7 @@ def check_server(plan: Plan, found: Structure) -> None:
         check_level(plan.server, plan.format, layer_plan, name)
         if rules.alike == "model" and layer_plan.bits is None:
             continue  # a layer may be left out of the one grid
-        other = first.setdefault(_together(found.layers[name], rules.alike), name)
+        other = first.setdefault(rules.together(found.layers[name]), name)
         if _grid(layer_plan) != _grid(plan.layers[other]):
             raise UserError(
                 f"{plan.server} wants one grid in {_WHOSE[rules.alike]} of a {plan.format} file, "
@@ -198,14 +206,6 @@ _WHOSE: Mapping[Alike, str] = {
     "experts": "the experts of a block",
     "fused": "layers that it fuses",
 }
-
-
-def _together(layer: Layer, alike: Alike) -> str:
-    """Layers with the same value must have one grid."""
-    if alike == "model":
-        return ""
-    expert = "experts." in layer.name or layer.expert is not None
-    return f"{layer.block}: experts" if alike == "experts" and expert else layer.fused
 
 
 def _grid(plan: LayerPlan) -> tuple[object, ...]:

@@ -1,11 +1,9 @@
 """Compress: plan, check, transform, write, load back, compare, report."""
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from layerwise import __version__, export
+from layerwise import export
 from layerwise.core import memory
-from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
+from layerwise.core.cache import Cache
+from layerwise.core.candidates import Candidates
+from layerwise.core.checkpoint import ModuleSource, open_checkpoint, open_source
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -27,7 +27,8 @@ from layerwise.core.structure import structure
 from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, walk
 from layerwise.flow.evaluating import answers, compare, load, loader_of
-from layerwise.flow.planning import Wish, make_plan
+from layerwise.flow.identity import candidates_of, run_identity
+from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     Prepared,
     Proving,
@@ -37,6 +38,8 @@ from layerwise.flow.preparing import (
     foresee,
     prepare,
 )
+from layerwise.flow.proving import predicted
+from layerwise.flow.wish import Wish
 
 PROOF_WINDOWS = 8
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
@@ -53,6 +56,8 @@ def compress(
     *,
     plan: Path | Plan | None = None,
     proof: Proving = "auto",
+    cache: Cache,
+    layer_windows: int = 4,
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -68,6 +73,9 @@ def compress(
         progress: Is told of the stages.
         plan: A plan, or the file of one.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        cache: Where results are kept for other budgets.
+        layer_windows: Windows of the proof's text on which each layer's own KL is measured, when
+            a budget was shared out; 0 leaves that out.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -90,20 +98,29 @@ def compress(
         found,
         methods,
         texts,
+        learning=() if ready else wish.learning,
         format=format,
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if ready is None:
-        ready = make_plan(prepared, wish, progress)
+    candidates = candidates_of(prepared, cache)
+    planned = make_plan(prepared, wish, candidates, progress) if ready is None else Planned(ready)
+    ready = planned.plan
     arrangement = check(prepared, ready)
     check_disk(target, arrangement.size)
     foreseen = foresee(prepared, ready, arrangement.size)
     working = time.perf_counter()
-    staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
+    staging = stage(target, arrangement, run_identity(prepared, ready), restart=restart)
     with staging:
-        rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
+        rows, comparison, answered = _transform(
+            prepared, ready, format, staging, candidates, progress
+        )
+        prediction = None
+        if layer_windows and comparison and planned.curves:
+            rows, prediction = predicted(
+                prepared, planned, rows, comparison, candidates, layer_windows, progress
+            )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
         proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
         report = Report(
@@ -122,7 +139,8 @@ def compress(
             cpu_seconds=memory.cpu_seconds() - used,
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
-            notes=_notes(prepared, ready),
+            notes=[*planned.notes, *_notes(prepared, ready), *cache.notes],
+            prediction=prediction,
         )
         staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
         staging.publish()
@@ -134,37 +152,13 @@ def _average_bits(rows: Sequence[LayerRow]) -> float:
     return stored / sum(row.rows * row.width for row in rows)
 
 
-def _identity(prepared: Prepared, plan: Plan) -> str:
-    """Says what a run is: the same inputs and the same plan give the same bytes."""
-    source = prepared.source
-    work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
-    options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    said = [__version__, plan.format, work, options, dict(source.config)]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
-    for info in source.tensors.values():
-        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
-        if isinstance(source, ModuleSource):
-            digest.update(_content(source.read(info.name)))
-    if isinstance(source, Checkpoint):
-        for file in sorted(set(source.files.values())):
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    for text in (prepared.calibration, prepared.heldout):
-        digest.update(f"{None if text is None else tuple(text.ids.shape)}".encode())
-        if text is not None:
-            digest.update(_content(text.ids))
-    device = prepared.runner.device if prepared.runner else "cpu"
-    digest.update(str(device).encode())
-    return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> memoryview:
-    """A tensor's bytes."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def _transform(
-    prepared: Prepared, plan: Plan, format: Format, staging: Staging, progress: Progress
+    prepared: Prepared,
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+    candidates: Candidates,
+    progress: Progress,
 ) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
     """Write the tensors; the comparison and the logits of the proof, if the model was run."""
     runner, heldout = prepared.runner, prepared.heldout
@@ -183,6 +177,7 @@ def _transform(
         progress,
         calibration=calibration.ids if calibration else None,
         heldout=carried,
+        candidates=candidates,
     )
     if heldout is None:
         return walked.rows, None, None

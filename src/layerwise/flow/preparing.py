@@ -64,12 +64,15 @@ def prepare(
     methods: Sequence[catalogue.Method],
     texts: Texts,
     *,
+    learning: Sequence[str] = (),
     format: Format | None = None,
     proof: Proving = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Read the texts that the methods and the proof need, and make what runs the model.
+
+    `learning` names what else reads the calibration text, if there is one.
 
     Raises:
         UserError: A text that a method needs is not there, the model cannot run, or what loads
@@ -86,6 +89,8 @@ def prepare(
             "Add --calibration TEXT (a text file, a JSON list of strings, a hub data set, or "
             "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
         )
+    if text is not None:
+        needy += learning
     if isinstance(source, ModuleSource):
         if format is not None and format.packages and proof != "none":
             raise UserError(

@@ -144,6 +144,13 @@ def summary(report: Report) -> Group:
         table.add_row("perplexity", _number(seen.perplexity_before), _number(seen.perplexity))
         table.add_row("KL to the original, nats", "", _number(seen.kl))
         table.add_row("top-1 agreement", "", f"{seen.top1:.2%}" if seen.top1 is not None else "-")
+    if told := report.prediction:
+        table.add_row("the plan foresaw", "", _number(told.predicted))
+        table.add_row(
+            f"rank correlation over {told.layers} layers ({told.sensitivity})",
+            "",
+            _number(told.rank_correlation),
+        )
     foreseen = report.forecast
     table.add_row(
         "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.work_seconds:.1f}"
