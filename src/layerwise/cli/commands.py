@@ -322,6 +322,7 @@ def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
         "sensitivity": chosen.sensitivity,
         "inputs": chosen.inputs,
         "format": chosen.format,
+        "server": chosen.server,
     }
 
 

@@ -342,9 +342,15 @@ def _levels(how: Any) -> None:
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
         "--format",
-        default="dense",
+        default="",
         metavar="NAME",
-        help="dense, compressed-tensors or layerwise (dense)",
+        help="dense, compressed-tensors, gptq or layerwise (dense, or what --server loads)",
+    )
+    how.add_argument(
+        "--server",
+        default="",
+        metavar="NAME",
+        help="what is to load it: vllm, transformers or llama.cpp; its rules are checked first",
     )
 
 
@@ -394,7 +400,7 @@ _NAMING = {
 WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
-    "--compensator", "--allocate", "--by", "--format",
+    "--compensator", "--allocate", "--by", "--format", "--server",
 )  # fmt: skip
 
 

@@ -15,6 +15,9 @@ _EXTRAS = {
     "ray": "ray",
     "lm_eval": "tasks",
     "PIL": "images",
+    "gptqmodel": "gptq",
+    "optimum": "gptq",
+    "peft": "peft",
 }
 
 

@@ -24,11 +24,13 @@ class Format(ABC):
         source: The model: the original when files are written, those files when they are read.
         packages: What transformers needs to load it back, by import name.
         stem: How the names of its weight files begin.
+        adapts: Low-rank corrections lie beside the files as an adapter, which peft loads.
     """
 
     source: Source
     packages: ClassVar[Sequence[str]] = ()
     stem: ClassVar[str] = STEM
+    adapts: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, plan: Plan, found: Structure) -> None:
@@ -84,6 +86,22 @@ class Format(ABC):
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What to add to the model's `config.json`."""
         return {}
+
+    def files(self, plan: Plan, found: Structure) -> Mapping[str, bytes]:
+        """Small files to put beside the weights, by their paths in the output."""
+        return {}
+
+    @property
+    def loader(self) -> str:
+        """What loads files of this format, by the name of its package."""
+        return "transformers"
+
+    def load(self, dtype: torch.dtype) -> tuple[Any, Sequence[str]] | None:
+        """The model by a loader that must be told how, and weights that were not in the files.
+
+        None if transformers' `from_pretrained` needs to be told nothing.
+        """
+        return None
 
     def read(self) -> Mapping[str, Tensor] | None:
         """The model's own tensors from files of this format; None if transformers reads them."""

@@ -28,7 +28,7 @@ from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, walk
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
-from layerwise.flow.loading import answers, load
+from layerwise.flow.loading import answers, load, loader_of
 from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     Prepared,
@@ -213,6 +213,7 @@ def _small_files(
     if added:
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files |= format.files(plan, prepared.found)
     files["plan.yaml"] = to_yaml(plan, source.label, prepared.found).encode()
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
@@ -247,7 +248,7 @@ def _prove(
     else:
         model = load(written, trust_remote_code=trust_remote_code)
         found = torch.cat(list(answers(model, ids)))
-        loader = f"transformers {type(model).__name__}"
+        loader = loader_of(written, model)
     progress.step("load back")
     difference = float((found.float() - expected).abs().max())
     allowed = ALLOWED * float(expected.abs().max())
@@ -269,4 +270,9 @@ def _notes(prepared: Prepared, plan: Plan) -> list[str]:
         )
     if plan.format != "layerwise" and any(p.density < 1 for p in plan.layers.values()):
         notes.append("pruned weights are stored as zeros; --format layerwise leaves them out")
+    if export.kind(plan.format).adapts and any(p.rank for p in plan.layers.values()):
+        notes.append(
+            f"low-rank corrections lie in {export.ADAPTER_CONFIG.partition('/')[0]}/ as an adapter "
+            "(vLLM: --enable-lora; peft: PeftModel.from_pretrained)"
+        )
     return notes

@@ -14,6 +14,7 @@ from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import UNITS
+from layerwise.export import servers
 from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.survey import for_layer
 from layerwise.flow.wish import Wish, budget_amount
@@ -77,7 +78,8 @@ def of_bytes(wish: Wish, prepared: Prepared) -> Market:
     found, format = prepared.found, export.get(wish.format, prepared.source)
     combinations = wish.combinations()
     beside = max(check_level(prepared, wish, level) for level in combinations)
-    items = _items(wish, found, lambda layer: layer.fused)
+    rules = servers.allowed(wish.server, wish.format)
+    items = _items(wish, found, rules.together)
     sold = [_sold(item, combinations, format) for item in items]
     market = Market(
         items,
@@ -163,7 +165,8 @@ def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> int:
     if not level.steps:
         return 0
     try:
-        arrangement = check(prepared, Plan(suited, wish.format, wish.options))
+        plan = Plan(suited, wish.format, wish.options, server=wish.server)
+        arrangement = check(prepared, plan)
     except UserError as error:
         if able := _able(prepared, suited, wish):
             remedy = f"{error.remedy} Formats that can hold {label(level)}: {', '.join(able)}."
@@ -179,7 +182,7 @@ def _able(prepared: Prepared, layers: Mapping[str, LayerPlan], wish: Wish) -> li
     able: list[str] = []
     for name in export.FORMATS:
         try:
-            check(prepared, Plan(layers, name, wish.options))
+            check(prepared, Plan(layers, name, wish.options, server=wish.server))
         except UserError:
             continue
         able.append(name)

@@ -63,7 +63,9 @@ def make_plan(
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")
         layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
-        return Planned(Plan(layers, wish.format, wish.options, inputs=wish.inputs or "transformed"))
+        inputs = wish.inputs or "transformed"
+        plan = Plan(layers, wish.format, wish.options, inputs=inputs, server=wish.server)
+        return Planned(plan)
     if wish.shares_bytes:
         market = markets.of_bytes(wish, prepared)
     else:
@@ -153,7 +155,8 @@ class _Sale:
         }
         ordered = {name: layers[name] for name in self.prepared.found.layers}
         budget = wish.budget or (f"KL at most {wish.max_kl:g}" if wish.max_kl else "")
-        return Plan(ordered, wish.format, wish.options, budget, wish.inputs or "original")
+        inputs = wish.inputs or "original"
+        return Plan(ordered, wish.format, wish.options, budget, inputs, wish.server)
 
     def planned(self, bought: Sequence[int]) -> Planned:
         """The plan, with what it was chosen from."""

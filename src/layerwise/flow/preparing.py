@@ -13,6 +13,7 @@ from layerwise import builtin, export
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.forecast import Forecast, forecast
 from layerwise.core.format import Format
@@ -21,6 +22,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
+from layerwise.export.servers import check_server
 from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
@@ -93,10 +95,19 @@ def prepare(
     if text is not None:
         needy += learning
     if isinstance(source, ModuleSource):
+        if format is not None and format.packages and proof != "none":
+            raise UserError(
+                f"{source.label} is in memory, and {' and '.join(format.packages)} load a model's "
+                "directory.",
+                "Save it (model.save_pretrained(DIR)) and give DIR, or write --format layerwise.",
+            )
         return _prepared_module(source, found, texts, bool(needy), proof, device)
     proving = _proving(source, proof)
     if proving and format is not None:
-        need_packages(format, "the proof (or give --proof none)")
+        purpose = "the proof (or give --proof none)"
+        need_packages(format, purpose)
+        if format.adapts and any(method.verb == "compensate" for method in methods):
+            need("peft", purpose)
     if not needy and not proving:
         return Prepared(source, found, None, None, None)
     runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
@@ -185,9 +196,10 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     """Refuse a plan that would fail later, and lay its output out.
 
     Raises:
-        UserError: See `check_plan`, and the format's own `check`.
+        UserError: See `check_plan`, `check_server`, and the format's own `check`.
     """
     check_plan(plan, prepared.found)
+    check_server(plan, prepared.found)
     format = export.get(plan.format, prepared.source)
     format.check(plan, prepared.found)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
@@ -216,7 +228,7 @@ def check_disk(out: Path, size: int) -> None:
         UserError: There is less free than `size` bytes, what a stopped run holds counted as free.
     """
     place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).glob("*"))
+    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).rglob("*"))
     free = shutil.disk_usage(place).free + held
     if free < size:
         raise UserError(

@@ -12,6 +12,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.plan import Inputs, LayerPlan
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
+from layerwise.export import servers
 
 LEVELS = (2, 3, 4, 8)
 GROUPS = (128, 64, 32, 16)
@@ -31,7 +32,8 @@ class Wish:
         max_kl: Instead of a budget: the smallest model whose KL to the original, in nats per
             token on the text that it is compared on, is not above this.
         allow: What a budget may choose among, by "bits", "density" and "rank": every combination
-            is a level.  Bits None is the layer's own dtype.
+            is a level.  Bits None is the layer's own dtype; bits that are not named are those
+            of `LEVELS` that the method has and the server loads.
         group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
             divides the width of every layer, or the row if none does, or what the format has.
         symmetric: No zero points; None for what the format takes, with zero points if it may.
@@ -47,8 +49,9 @@ class Wish:
         inputs: What calibration shows methods: what layers see after earlier ones were changed,
             or in the original model, which lets results be kept for other budgets.  "" is the
             original for a budget, and the changed for one level everywhere.
-        format: How the output is stored.
+        format: How the output is stored; "" is what the server loads best, or dense.
         options: Options of methods, by id.
+        server: What is to load the output; "" for anything that loads the format.
     """
 
     bits: int | None = None
@@ -68,8 +71,9 @@ class Wish:
     measure: str = "lim"
     sensitivity: Sensitivity = ""
     inputs: Inputs | Literal[""] = ""
-    format: str = "dense"
+    format: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    server: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -80,6 +84,8 @@ class Wish:
         for name, kind in get_type_hints(Wish).items():
             if not fits(given := getattr(self, name), kind):
                 raise UserError(f"{name} is {given!r}.", f"Write {described(kind)}.")
+        default = servers.default_format(self.server) if self.server else "dense"
+        object.__setattr__(self, "format", self.format or default)
         if self.budget:
             budget_amount(self.budget)
         if self.max_kl is not None and not self.max_kl > 0:
@@ -136,10 +142,12 @@ class Wish:
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
         group, symmetric = export.kind(self.format).grid(bits or 0)
+        # A float needs no zero point to lie on both sides of 0.0.
+        centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
         return LayerPlan(
             bits,
             (group or 0) if self.group is None else self.group,
-            bool(symmetric) if self.symmetric is None else self.symmetric,
+            bool(symmetric or centred) if self.symmetric is None else self.symmetric,
             self.method,
             self.density,
             self.pruner,
@@ -150,7 +158,7 @@ class Wish:
     def combinations(self) -> list[LayerPlan]:
         """Every level that a budget may choose."""
         named: dict[str, Sequence[int | float | None]] = {
-            "bits": LEVELS,
+            "bits": self._usual_widths(),
             "density": (self.density,),
             "rank": (self.rank,),
             **self.allow,
@@ -170,17 +178,45 @@ class Wish:
         if self.group is not None or chosen_by_format is not None:
             return self
         widths = {layer.width for layer in found.layers.values()}
-        return replace(self, group=next((g for g in GROUPS if all(w % g == 0 for w in widths)), 0))
+        loaded = (self._rules.groups or {}).get(self._quantizer.codes, GROUPS)
+        fitting = (g for g in GROUPS if g in loaded and all(w % g == 0 for w in widths))
+        return replace(self, group=next(fitting, 0))
 
     def methods(self) -> list[catalogue.Method]:
-        """Every method it names, so that a misspelt one is refused at once."""
+        """Every method it names, so that a misspelt one is refused at once.
+
+        Raises:
+            UserError: There is no such method, or the server loads no layer that is so made.
+        """
         levels = self.combinations() if self.shares_bytes else [self.level(self.bits)]
+        for level in levels:
+            self._check_server(level)
         used = {id: catalogue.get(id) for level in levels for id, _ in level.steps}
         if allocator := self.allocator():
             used[allocator.id] = allocator
             if "scores" in allocator.evidence:
                 used[f"measure/{self.measure}"] = catalogue.get(f"measure/{self.measure}")
         return list(used.values())
+
+    @property
+    def _quantizer(self) -> catalogue.Method:
+        return catalogue.get(f"quantize/{self.method}")
+
+    @property
+    def _rules(self) -> servers.Rules:
+        return servers.allowed(self.server, self.format)
+
+    def _usual_widths(self) -> Sequence[int]:
+        method = self._quantizer
+        known = self._rules.widths
+        loaded = method.widths if known is None else known.get(method.codes, ())
+        return [bits for bits in LEVELS if bits in method.widths and bits in loaded] or LEVELS
+
+    def _check_server(self, level: LayerPlan) -> None:
+        """Refuse what the server loads of no model; the group waits for the widths of layers."""
+        if self.group is None and (groups := self._rules.groups) is not None:
+            level = replace(level, group=next(iter(groups.get(level.codes or "integer", (0,)))))
+        servers.check_level(self.server, self.format, level)
 
     def allocator(self) -> catalogue.Method | None:
         """What shares out the budget, or the density; None if every layer gets the same.
