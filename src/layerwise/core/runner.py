@@ -150,11 +150,18 @@ class Runner:
         """The model runs as one block."""
         return self.blocks == [""]
 
-    def start(self, ids: Tensor) -> Float[Tensor, "..."]:
-        """What the first block sees of some windows: the embeddings run once, here."""
+    def start(
+        self, ids: Tensor, changed: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "..."]:
+        """What the first block sees of some windows: the embeddings run once, here.
+
+        Args:
+            ids: Token ids, (windows, length).
+            changed: Tensors of the source, by name, that are to be used instead.
+        """
         if self.whole:
             return ids
-        outer = self._parameters("", skip_blocks=True)
+        outer = self._parameters("", skip_blocks=True, changed=changed)
         if not self._calls:
             self._capture(outer, ids[:1])
         seen: list[Tensor] = []

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
-from layerwise.core.walk import Walked, walk
+from layerwise.core.walk import Walked, restored_outside, walk
 from layerwise.flow.evaluating import answers, compare, load
 from layerwise.flow.planning import Wish, make_plan
 from layerwise.flow.preparing import (
@@ -186,23 +186,23 @@ def _transform(
     )
     if heldout is None:
         return walked.rows, None, None
-    first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
+    around = restored_outside(runner, format)
+    shown = slice(PROOF_WINDOWS)
+    first = torch.cat(list(runner.logits(walked.heldout[shown], heldout.ids[shown], around)))
     if runner.whole:
         return walked.rows, None, first
-    return walked.rows, _compare(runner, walked, heldout), first
+    return walked.rows, _compare(runner, walked, heldout, around), first
 
 
-def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
+def _compare(
+    runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
+) -> Comparison:
     return compare(
         heldout.ids,
-        runner.logits(walked.heldout, heldout.ids, {}),
+        runner.logits(walked.heldout, heldout.ids, around),
         runner.logits(walked.heldout_before, heldout.ids, {}),
         heldout.label,
     )
-
-
-def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:
-    return runner.logits(hidden[:count], ids[:count], {})
 
 
 def _small_files(

@@ -341,7 +341,8 @@ def budget_bytes(wish: Wish, prepared: Prepared, overhead: int) -> int:
             "Add --format compressed-tensors or --format layerwise, or give a budget in bits.",
         )
     everything = source.size
-    alone = overhead + sum(source.tensors[name].size for name in found.left)
+    format = export.get(wish.format, source)
+    alone = overhead + sum(format.rest_size(source.tensors[name]) for name in found.left)
     wanted = everything * amount / 100 if unit == "%" else amount * _UNITS[unit]
     if wanted < alone:
         raise UserError(
