@@ -11,6 +11,8 @@ _EXTRAS = {
     "tokenizers": "transformers",
     "huggingface_hub": "transformers",
     "compressed_tensors": "compressed-tensors",
+    "gguf": "gguf",
+    "accelerate": "gguf",
     "datasets": "datasets",
 }
 
@@ -30,5 +32,5 @@ def need(package: str, purpose: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{purpose} needs the package {package}: {error}.",
-            f"pip install 'layerwise[{_EXTRAS[package]}]'.",
+            f"pip install 'layerwise[{_EXTRAS[package.partition('.')[0]]}]'.",
         ) from error

@@ -7,11 +7,13 @@ from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
+from layerwise.export.gguf import Gguf
 from layerwise.export.layerwise import Layerwise
 
 FORMATS: Mapping[str, type[Format]] = {
     "dense": Dense,
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
     "layerwise": Layerwise,
 }
 

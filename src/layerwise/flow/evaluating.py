@@ -86,7 +86,8 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     architecture = (source.config.get("architectures") or [""])[0]
     known = cast("Any", getattr(transformers, architecture, None))
-    state = None if format is None else format.read()
+    told_by_format = {} if format is None else format.loading()
+    state = None if format is None or told_by_format else format.read()
     if known is None and (state is not None or not trust_remote_code):
         raise UserError(
             f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
@@ -98,6 +99,7 @@ def load(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
+        **told_by_format,
     }
     causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
     with _without_bars():
