@@ -229,7 +229,7 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         "--format",
         default="dense",
         metavar="NAME",
-        help="dense, compressed-tensors or layerwise (dense)",
+        help="dense, compressed-tensors, gguf or layerwise (dense)",
     )
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)

@@ -28,6 +28,8 @@ _INSIDE = (
     *(f"{place}_layernorm" for place in ("input", "post_attention")),
     *(f"{place}_feedforward_layernorm" for place in ("pre", "post")),
 )
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # of the head, read at once
 _OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
 # Tables that old checkpoints hold and every loader computes.
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -76,7 +78,8 @@ class Model:
         config: Its configuration, complete with transformers' defaults.
         names: GGUF's name for each tensor, by the checkpoint's.
         norm_offset: What a norm adds to its stored weight; GGUF stores the sum.
-        rope_factors: What the wavelengths of rotations are divided by; None for one.
+        rope_factors: What rotations are slowed down by; None if they are not.
+        repeats: The checkpoint's head is its embeddings, stored again.
     """
 
     facts: _Architecture
@@ -84,6 +87,7 @@ class Model:
     names: Mapping[str, str]
     norm_offset: float
     rope_factors: Tensor | None
+    repeats: bool
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, str]:
@@ -134,7 +138,17 @@ def described(source: Source) -> Model:
         _names(gguf, facts, config),
         family(source.config).norm_offset,
         _rope_factors(config) if _rope(config)["rope_type"] == "llama3" else None,
+        bool(config.tie_word_embeddings) and _repeats(source),
     )
+
+
+def _repeats(source: Source) -> bool:
+    embeddings, head = (source.tensors.get(name) for name in (_EMBEDDINGS, _HEAD))
+    if embeddings is None or head is None or embeddings.shape != head.shape:
+        return False
+    starts = range(0, head.shape[0], _ROWS)
+    slices = ((source.read(name, at, at + _ROWS) for name in (_EMBEDDINGS, _HEAD)) for at in starts)
+    return all(torch.equal(one, other) for one, other in slices)
 
 
 def check_tensors(model: Model, source: Source) -> None:
@@ -154,8 +168,7 @@ def check_tensors(model: Model, source: Source) -> None:
 
 def left_out(model: Model, name: str) -> bool:
     """Whether a tensor is one that loaders compute, or a head that is the embeddings again."""
-    tied = bool(model.config.tie_word_embeddings) and name == "lm_head.weight"
-    return tied or name.endswith(_COMPUTED)
+    return (model.repeats and name == _HEAD) or name.endswith(_COMPUTED)
 
 
 def _names(gguf: Any, facts: _Architecture, config: Any) -> dict[str, str]:

@@ -1,13 +1,11 @@
 """GGUF: one file with weights, settings and tokenizer, which llama.cpp runs.
 
-`docs/gguf.md` says what is stored how.  https://github.com/ggml-org/llama.cpp (0.3.36 of
-llama-cpp-python) is what `make interop` runs the files with, transformers what tests read them with.
+`docs/gguf.md` says what is stored how.  transformers is what the tests read the files with; `make
+interop` runs them with https://github.com/ggml-org/llama.cpp, as llama-cpp-python 0.3.36 has it.
 """
 
 import functools
 import io
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +25,6 @@ from layerwise.core.staging import Arrangement, Slot
 from layerwise.core.structure import Layer, Structure
 from layerwise.export._gguf_blocks import KINDS, Kind, blocks
 from layerwise.export._gguf_model import (
-    ARCHITECTURES,
     PURPOSE,
     ROPE_FACTORS,
     Model,
@@ -113,8 +110,6 @@ class Gguf(Format):
 
     def restored_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
         """The same read back."""
-        if left_out(self.model, info.name):
-            return rows
         if len(info.shape) > 1:
             return rows.half().float()
         offset = self.model.offset(info.name)
@@ -157,7 +152,7 @@ class Gguf(Format):
             if stored.name == ROPE_FACTORS:
                 continue
             name = self.model.tensors[stored.name]
-            values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)).clone()
+            values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
             if self.model.permuted(name):
                 heads = values.unflatten(0, (-1, self.model.head // 2, 2))
                 values = heads.transpose(1, 2).flatten(0, 2).contiguous()
