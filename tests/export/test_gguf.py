@@ -373,6 +373,19 @@ def test_refuses_plans_it_has_no_place_for(changes, problem, llama, tmp_path):
         ("qwen3", {"attention_bias": True}, "o_proj.bias"),
         ("gemma2", {"tie_word_embeddings": False, "query_pre_attn_scalar": 8}, "lm_head.weight"),
         (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                    "attention_factor": 1.5,
+                }
+            },
+            "attention_factor",
+        ),
+        (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "type dynamic",

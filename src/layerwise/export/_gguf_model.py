@@ -214,6 +214,10 @@ def _problem(facts: _Architecture, config: Any) -> str:
             f"its rotary positions are of the type {rope['rope_type']}",
         ),
         (
+            any(rope.get(name) is not None for name in _UNSAID),
+            f"its rotary positions have one of {', '.join(_UNSAID)}",
+        ),
+        (
             _sliding_rope(config).get("rope_type", "default") != "default",
             "the rotary positions of its windows are scaled",
         ),
@@ -222,6 +226,8 @@ def _problem(facts: _Architecture, config: Any) -> str:
 
 
 _EVERYTHING = "full_attention"
+# Settings of yarn that change the size of queries and keys, or where its bands end.
+_UNSAID = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
 # Beyond none and linear, of which llama.cpp has all.
 _SCALINGS: Mapping[str, tuple[str, ...]] = {
     "llama": ("llama3", "yarn"),
