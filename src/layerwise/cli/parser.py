@@ -344,7 +344,7 @@ def _levels(how: Any) -> None:
         "--format",
         default="",
         metavar="NAME",
-        help="dense, compressed-tensors, gptq or layerwise (dense, or what --server loads)",
+        help="dense, compressed-tensors, gguf, gptq or layerwise (dense, or what --server loads)",
     )
     how.add_argument(
         "--server",

@@ -11,6 +11,8 @@ _EXTRAS = {
     "tokenizers": "transformers",
     "huggingface_hub": "transformers",
     "compressed_tensors": "compressed-tensors",
+    "gguf": "gguf",
+    "accelerate": "gguf",
     "datasets": "datasets",
     "ray": "ray",
     "lm_eval": "tasks",

@@ -113,10 +113,9 @@ class LayerRow:
         )
 
     @classmethod
-    def untouched(cls, layer: Layer, info: TensorInfo) -> "LayerRow":
-        """The row of a layer that a plan leaves as it is."""
+    def untouched(cls, layer: Layer, info: TensorInfo, stored: int) -> "LayerRow":
+        """The row of a layer that a plan leaves as it is; `stored` is in bytes."""
         plan = LayerPlan(why="the plan leaves it as it is")
-        stored = layer.count * info.dtype.itemsize
         return cls.of(layer, plan, info, stored=stored, error=0.0, density=1.0, notes=())
 
     def as_json(self) -> dict[str, Any]:

@@ -186,16 +186,22 @@ class Runner:
         """The model runs as one block."""
         return self.blocks == [""]
 
-    def start(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
+    def start(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "..."]:
         """What the first block sees of some windows: the embeddings run once, here.
 
         Args:
             ids: The windows.
             dtype: What is computed in, here and wherever these activations are carried.
+            changed: Tensors of the source, by name, that are to be used instead.
         """
         if self.whole:
             return ids
-        outer = self._parameters("", dtype, skip_blocks=True)
+        outer = self._parameters("", dtype, skip_blocks=True, changed=changed)
         if dtype not in self._calls:
             self._capture(outer, _cast(ids[:1], dtype), dtype)
         seen: list[Tensor] = []

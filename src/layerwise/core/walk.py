@@ -6,7 +6,7 @@ in bfloat16, which are the proof.  They are all that a stopped run needs to go o
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +79,9 @@ def walk(
     """
     source = runner.source
     words = calibrated_words(plan.methods())
-    in_block, outside = _by_block(source, found, runner)
+    in_block, outside = _by_block(runner)
     progress.stage("transform", len(runner.blocks))
-    started = {HELDOUT: heldout, HELDOUT_BEFORE: heldout}
+    started = {HELDOUT: heldout}
     original = None
     if plan.inputs == "original":
         original = _Original(runner, calibration)
@@ -94,7 +94,9 @@ def walk(
         if noise_floor:
             runner.start(heldout[:1], FLOOR_DTYPE)
     else:
-        states = {name: runner.start(ids) for name, ids in started.items()}
+        around = restored_outside(runner, format)
+        states = {name: runner.start(ids, changed=around) for name, ids in started.items()}
+        states[HELDOUT_BEFORE] = runner.start(heldout) if around else states[HELDOUT]
         if noise_floor:
             states[HELDOUT_FLOOR] = runner.start(heldout, FLOOR_DTYPE)
     rows: list[LayerRow] = []
@@ -172,21 +174,40 @@ def _carry_and_write(
 ) -> list[LayerRow]:
     """Carry the activations through a transformed block, and write it."""
     done, folded = transformed
-    changed = _changed(runner.source, format, done, folded)
+    carried_over = _carried_over(runner.source, done, folded)
+    layered = {result.layer.tensor for result in done.values()}
+    untouched = [name for name in names if name not in layered and name not in carried_over]
+    changed = _restored_rest(runner.source, format, untouched)
+    changed |= _changed(runner.source, format, done, carried_over)
     for name, hidden in list(states.items()):
         carried = {} if name in (HELDOUT_BEFORE, HELDOUT_FLOOR) else changed
         states[name] = runner.forward(block, hidden, carried)
-    return _write_block(runner.source, names, done, folded, format, staging)
+    return _write_block(runner.source, untouched, done, carried_over, format, staging)
 
 
 def _step(block: str) -> str:
     return block or "model"
 
 
-def _by_block(
-    source: Source, found: Structure, runner: Runner
-) -> tuple[dict[str, list[str]], list[str]]:
+def restored_outside(runner: Runner, format: Format) -> dict[str, Tensor]:
+    """The tensors of no block that a loader of the output will see otherwise than they are."""
+    source = runner.source
+    return _restored_rest(source, format, _by_block(runner)[1])
+
+
+def _restored_rest(source: Source, format: Format, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a loader holds of tensors no plan touches, unless they are stored as they are."""
+    infos = [source.tensors[name] for name in names]
+    return {
+        info.name: format.restored_rest(info, source.read(info.name))
+        for info in infos
+        if format.rest(info) != info
+    }
+
+
+def _by_block(runner: Runner) -> tuple[dict[str, list[str]], list[str]]:
     """The tensors of each block, and those of none."""
+    source = runner.source
     inside: dict[str, list[str]] = {block: [] for block in runner.blocks}
     outside: list[str] = []
     for name in source.tensors:
@@ -296,14 +317,17 @@ def _changed(
     source: Source,
     format: Format,
     done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
+    carried_over: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The block's new tensors as a loader of the output will see them."""
-    changed: dict[str, Tensor] = {
-        name: value.to(source.tensors[name].dtype).float() for name, value in folded.items()
+    changed = {
+        name: format.restored_rest(source.tensors[name], value).float()
+        for name, value in carried_over.items()
     }
     for result in done.values():
         layer, info = result.layer, source.tensors[result.layer.tensor]
+        if info.name in carried_over:
+            continue
         matrix = format.restored(result, info.dtype)
         if layer.expert is None:
             changed[info.name] = layer.store(matrix, info.shape)
@@ -313,26 +337,40 @@ def _changed(
     return changed
 
 
+def _carried_over(
+    source: Source, done: Mapping[str, Transformed], folded: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors that stay what they were, in the checkpoint's dtype, with what was folded into them.
+
+    The weights of layers that no step was done to are among them.
+    """
+    values = dict(folded)
+    for result in done.values():
+        layer = result.layer
+        if not result.plan.steps and layer.expert is None:
+            values[layer.tensor] = layer.store(result.weight, source.tensors[layer.tensor].shape)
+    return {name: value.to(source.tensors[name].dtype) for name, value in values.items()}
+
+
 def _write_block(
     source: Source,
-    names: Sequence[str],
+    untouched: Sequence[str],
     done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
+    carried_over: Mapping[str, Tensor],
     format: Format,
     staging: Staging,
 ) -> list[LayerRow]:
     rows: list[LayerRow] = []
-    layered = {result.layer.tensor for result in done.values()}
-    for name in names:
-        if name in folded:
-            info = source.tensors[name]
-            stored = format.encode_rest(info, folded[name].to(info.dtype))
-            staging.write(format.rest(info).name, stored)
-        elif name not in layered:
-            copy_tensor(source, source.tensors[name], format, staging)
+    for name in untouched:
+        copy_tensor(source, source.tensors[name], format, staging)
+    for name, value in carried_over.items():
+        info = source.tensors[name]
+        if (stored := format.rest(info)) is not None:
+            staging.write(stored.name, format.encode_rest(info, value))
     for result in done.values():
         info = source.tensors[result.layer.tensor]
-        write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
+        if info.name not in carried_over:
+            write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
         density = 1.0 if result.kept is None else float(result.kept.float().mean())
         rows.append(
             LayerRow.of(

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
-from layerwise.core.walk import Walked, walk
+from layerwise.core.walk import Walked, restored_outside, walk
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
 from layerwise.flow.loading import answers, load, loader_of
@@ -187,21 +187,22 @@ def _transform(
     )
     if heldout is None:
         return walked.rows, (), None
-    first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
+    around = restored_outside(runner, format)
+    shown = slice(PROOF_WINDOWS)
+    first = torch.cat(list(runner.logits(walked.heldout[shown], heldout.ids[shown], around)))
     # Only a text is compared here: what else a model answers is proven, and no more.
     if runner.whole or first.dim() != 3:
         return walked.rows, (), first
-    return walked.rows, _compare(runner, walked, heldout), first
+    return walked.rows, _compare(runner, walked, heldout, around), first
 
 
-def _compare(runner: Runner, walked: Walked, heldout: Windows) -> list[Comparison]:
-    carried = [walked.heldout, walked.heldout_floor]
-    results = [runner.logits(one, heldout.ids, {}) for one in carried if one is not None]
+def _compare(
+    runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
+) -> list[Comparison]:
+    results = [runner.logits(walked.heldout, heldout.ids, around)]
+    if walked.heldout_floor is not None:
+        results.append(runner.logits(walked.heldout_floor, heldout.ids, {}))
     return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}))
-
-
-def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:
-    return runner.logits(hidden[:count], ids[:count], {})
 
 
 def _small_files(

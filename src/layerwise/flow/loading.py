@@ -41,7 +41,9 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     architecture = (source.config.get("architectures") or [""])[0]
     known = cast("Any", getattr(transformers, architecture, None))
-    state = None if format is None else format.read()
+    with _without_bars():
+        loaded = None if format is None or known is None else format.load(dtype)
+    state = None if format is None or loaded else format.read()
     if known is None and (state is not None or not trust_remote_code):
         raise UserError(
             f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
@@ -50,7 +52,6 @@ def load(
             "a class of transformers).",
         )
     with _without_bars():
-        loaded = None if format is None or known is None else format.load(dtype)
         model, missing = loaded or _by_transformers(
             source, known, state, dtype=dtype, trust_remote_code=trust_remote_code
         )

@@ -245,7 +245,7 @@ def _output_tensors(
     for info in source.tensors.values():
         layer = by_tensor.get(info.name)
         if layer is None or layer.expert is not None or not plan.layers[layer.name].steps:
-            made.append(format.rest(info))
+            made += [] if (stored := format.rest(info)) is None else [stored]
         else:
             made += format.tensors(layer, plan.layers[layer.name], info)
     return made
