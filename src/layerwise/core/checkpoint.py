@@ -45,7 +45,7 @@ _COMPANIONS = (
     *("LICENSE*", "NOTICE*"),
 )
 _LEFT_BEHIND = "*.index.json"
-_OURS = frozenset({"report.json", "recipe.yaml", "plan.yaml"})
+_OURS = frozenset({"report.json", "report.html", "recipe.yaml", "plan.yaml"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a run has to tell: one row per layer and one summary, as tables and JSON show them."""
+"""What a run has to tell: one row per layer and one summary, for tables, pages and JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,6 +7,30 @@ from typing import Any
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import Layer
+from layerwise.core.written import rebuilt
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a layer could have got.
+
+    Attributes:
+        label: In words.
+        bits: Width of a code; None if it would keep its dtype.
+        density: Fraction of weights that would be kept.
+        rank: Columns of the low-rank correction.
+        bytes: Everything that would be stored.
+        error: What it was foreseen to cost, in the unit the plan was made in.
+        chosen: The plan took this one.
+    """
+
+    label: str
+    bits: int | None
+    density: float
+    rank: int
+    bytes: int
+    error: float
+    chosen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +53,11 @@ class LayerRow:
         score: How sensitive it is, as the plan's maker saw it; None if it did not look.
         why: Why it got this.
         notes: What the methods had to do that the reader should know.
+        block: The block it belongs to, "" outside all of them.
+        role: Its job in the block.
+        curve: What it could have got; empty if the plan's maker did not look.
+        predicted_kl: The KL divergence that it was foreseen to bring, in nats.
+        measured_kl: The one that it brings alone, in nats.
     """
 
     layer: str
@@ -45,6 +74,11 @@ class LayerRow:
     score: float | None
     why: str
     notes: Sequence[str] = ()
+    block: str = ""
+    role: str = ""
+    curve: Sequence[Candidate] = ()
+    predicted_kl: float | None = None
+    measured_kl: float | None = None
 
     @classmethod
     def of(
@@ -74,6 +108,8 @@ class LayerRow:
             score=plan.score,
             why=plan.why,
             notes=tuple(notes),
+            block=layer.block,
+            role=layer.role,
         )
 
     @classmethod
@@ -84,8 +120,13 @@ class LayerRow:
         return cls.of(layer, plan, info, stored=stored, error=0.0, density=1.0, notes=())
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, all the way down."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LayerRow":
+        """A row from its fields by name."""
+        return rebuilt(cls, content, "a layer's row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +168,26 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """How well the plan foresaw what its choices would do to the whole model.
+
+    Attributes:
+        sensitivity: What weighted the errors of the layers.
+        predicted: The KL divergence it foresaw for the whole model, in nats.
+        measured: The one it has.
+        rank_correlation: Spearman's, over layers, of predicted and measured KL divergence; None if
+            no layer was measured alone.
+        layers: Layers it is over.
+    """
+
+    sensitivity: str
+    predicted: float
+    measured: float
+    rank_correlation: float | None
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything a compression has to tell.
 
@@ -147,6 +208,11 @@ class Report:
         peak_bytes: Most memory held at once.
         forecast: What was foreseen of size, memory and time.
         notes: What else the reader should know.
+        prediction: The forecast of quality against what was measured; None if there was none.
+        noise_floor: The original against itself in a narrower dtype, on the same text: what is
+            below it cannot be told from rounding.
+        environment: Versions, machine and date, by name.
+        recipe: How the run was asked for.
     """
 
     model: str
@@ -165,7 +231,103 @@ class Report:
     peak_bytes: int
     forecast: Mapping[str, int | float]
     notes: Sequence[str] = field(default_factory=tuple[str, ...])
+    prediction: Prediction | None = None
+    noise_floor: Comparison | None = None
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, all the way down."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the report") -> "Report":
+        """A report from its fields by name; what an older one lacks has its default.
+
+        Args:
+            content: What `as_json` gave, as JSON keeps it.
+            where: Where it stands, for the message.
+
+        Raises:
+            UserError: It is no such report.
+        """
+        return rebuilt(cls, content, where)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One model of a sweep.
+
+    Attributes:
+        method: What made it.
+        budget: The size that was asked for, as given.
+        bits: Stored bits per planned weight.
+        bytes: Its weight files.
+        kl: Mean KL divergence from the original, in nats; None if it was not compared.
+        perplexity: On the sweep's text; None if it was not compared.
+        top1: Share of tokens whose likeliest successor is the original's.
+        seconds: Wall time.
+        front: No other point is both as small and as good.
+        out: Where it is; "" if it was not kept.
+        uniform: Every layer got the same.
+    """
+
+    method: str
+    budget: str
+    bits: float
+    bytes: int
+    kl: float | None
+    perplexity: float | None
+    top1: float | None
+    seconds: float
+    front: bool
+    out: str
+    uniform: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Methods and budgets tried on one model.
+
+    Attributes:
+        model: What was compressed.
+        text: Where the windows it was compared on came from; "" if it was not.
+        points: One for each method and budget.
+        original: The original on that text.
+        noise_floor: The original against itself in a narrower dtype, on that text.
+        format: How the points are stored.
+        bytes_before: Weight files of the original.
+        seconds: Wall time.
+        notes: What else the reader should know.
+        environment: Versions, machine and date, by name.
+        recipe: How the sweep was asked for.
+    """
+
+    model: str
+    text: str
+    points: Sequence[SweepPoint]
+    original: Comparison | None = None
+    noise_floor: Comparison | None = None
+    format: str = ""
+    bytes_before: int = 0
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, all the way down."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the sweep") -> "Sweep":
+        """A sweep from its fields by name; what an older one lacks has its default.
+
+        Args:
+            content: What `as_json` gave, as JSON keeps it.
+            where: Where it stands, for the message.
+
+        Raises:
+            UserError: It is no such sweep.
+        """
+        return rebuilt(cls, content, where)

@@ -63,7 +63,7 @@ def _step(
 ) -> list[LayerRow]:
     """Write some tensors, unless an earlier run did."""
     if entry := staging.steps.get(infos[0].name):
-        return [LayerRow(**row) for row in entry["facts"]["rows"]]
+        return [LayerRow.from_json(row) for row in entry["facts"]["rows"]]
     rows: list[LayerRow] = []
     for info in infos:
         layers = by_tensor.get(info.name, [])

@@ -81,7 +81,9 @@ def walk(
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
-            rows += [LayerRow(**row) for row in staging.steps[_step(block)]["facts"]["rows"]]
+            rows += [
+                LayerRow.from_json(row) for row in staging.steps[_step(block)]["facts"]["rows"]
+            ]
             progress.step(block)
             continue
         names = in_block[block]

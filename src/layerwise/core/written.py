@@ -1,13 +1,16 @@
-"""What people write: YAML files, and whether a value in one fits where it is to go."""
+"""What people write, and what we wrote: whether a value fits where it is to go."""
 
+import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from layerwise.core.errors import UserError
+
+Record = TypeVar("Record")
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -69,6 +72,50 @@ def check_types(where: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) 
     for name, value in given.items():
         if not fits(value, kinds[name]):
             raise UserError(f"{where} has {name}: {value!r}.", f"Write {described(kinds[name])}.")
+
+
+def rebuilt(kind: type[Record], content: Any, where: str) -> Record:
+    """A dataclass from what JSON kept of it, its dataclasses inside included.
+
+    A field that is not there has its default; a name that is no field is passed over, since a
+    later version may have written it.
+
+    Args:
+        kind: The dataclass.
+        content: Its fields by name.
+        where: Where they stand, for the message.
+
+    Raises:
+        UserError: A field without a default is not there, or one holds what it cannot hold.
+    """
+    return _rebuilt(kind, content, where)
+
+
+def _rebuilt(kind: Any, value: Any, where: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType) and value is not None:
+        kind = next(filter(dataclasses.is_dataclass, inner), kind)
+    if origin is Sequence and isinstance(value, list | tuple):
+        return tuple(_rebuilt(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return kind(**_parts(kind, value, where))
+    if not fits(value, kind):
+        raise UserError(
+            f"{where} is {value!r}, not {described(kind)}.", "Give a file as layerwise wrote it."
+        )
+    fraction = float in (kind, *inner) and int not in inner
+    return float(value) if fraction and isinstance(value, int) else value
+
+
+def _parts(kind: Any, value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name in value:
+            inside = get_type_hints(kind)[field.name]
+            parts[field.name] = _rebuilt(inside, value[field.name], f"{where}: {field.name}")
+        elif field.default is field.default_factory:  # both are MISSING
+            raise UserError(f"{where} lacks {field.name!r}.", "Give a file as layerwise wrote it.")
+    return parts
 
 
 def read_yaml(file: Path, kind: str, maker: str) -> Any:
