@@ -1,6 +1,8 @@
-"""What people read: tables for the terminal, pages for the docs."""
+"""What people read: tables for the terminal, pages for the docs, a report and its pictures."""
 
+from layerwise.report.html import html
 from layerwise.report.pages import page
+from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
     claims_table,
     comparison,
@@ -17,9 +19,11 @@ __all__ = [
     "claims_table",
     "comparison",
     "forecast_line",
+    "html",
     "layer_table",
     "methods_table",
     "page",
+    "pareto_svg",
     "plan_table",
     "structure_json",
     "structure_table",

@@ -1,15 +1,15 @@
-"""The parts of a drawing: elements, colours for light and dark, axes with their ticks."""
+"""The parts of a drawing: elements, axes with their ticks, legends, labels that keep clear."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-STEPS = 9
-SERIES = 8
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif'
+from layerwise.report._colours import SERIES
+
+_LINE = 18  # pixels from one line of text to the next
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def tag(name: str, *inside: str, **attributes: str | float | None) -> Markup:
@@ -26,7 +26,7 @@ def tag(name: str, *inside: str, **attributes: str | float | None) -> Markup:
         if value is not None
     )
     body = "".join(escape(part) for part in inside)
-    return Markup(f"<{name}{written}>{body}</{name}>")  # noqa: S704 - every part is escaped
+    return Markup(f"<{name}{written}>{body}</{name}>")
 
 
 def _plain(value: str | float) -> str:
@@ -53,7 +53,9 @@ def dots(points: Iterable[tuple[float, float]], radius: float, **attributes: str
     """Many dots in one element, of the class's stroke."""
     drawn = "".join(f"M{_plain(x)} {_plain(y)}h0" for x, y in points)
     width = 2 * radius
-    return tag("path", d=drawn, fill="none", stroke_linecap="round", stroke_width=width, **attributes)
+    return tag(
+        "path", d=drawn, fill="none", stroke_linecap="round", stroke_width=width, **attributes
+    )
 
 
 def marker(
@@ -85,123 +87,6 @@ def drawing(
         aria_label=f"{title}. {told}",
         class_=class_,
     )
-
-
-def alone(picture: Markup) -> str:
-    """The same picture as a file of its own, with its colours and a ground to stand on."""
-    box = picture.partition('viewBox="')[2].partition('"')[0].split()
-    ground = tag("rect", width="100%", height="100%", class_="fill-card")
-    head, _, rest = str(picture).partition("</desc>")
-    opened = head.replace(
-        "<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{box[2]}" height="{box[3]}" ', 1
-    )
-    body = f"{ground}{rest}"
-    return f"{opened}</desc><style>{style(used_in=body)}</style>{body}\n"
-
-
-# Colours
-
-
-def _ramp(*stops: str) -> list[str]:
-    """Evenly spaced colours through some."""
-    channels = [[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops]
-    made: list[str] = []
-    for step in range(STEPS):
-        at = step * (len(stops) - 1) / (STEPS - 1)
-        left = min(int(at), len(stops) - 2)
-        mixed = [
-            round(a + (b - a) * (at - left))
-            for a, b in zip(channels[left], channels[left + 1], strict=True)
-        ]
-        made.append("#{:02x}{:02x}{:02x}".format(*mixed))
-    return made
-
-
-def contrast(first: str, second: str) -> float:
-    """The contrast ratio of two colours as WCAG 2 defines it, from 1 to 21."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
-        )
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def _palette(
-    plain: Mapping[str, str], series: Sequence[str], ramps: Mapping[str, Sequence[str]]
-) -> Mapping[str, str]:
-    colours = dict(plain) | {f"series-{n}": colour for n, colour in enumerate(series)}
-    for name, stops in ramps.items():
-        for step, colour in enumerate(_ramp(*stops)):
-            colours[f"{name}-{step}"] = colour
-            colours[f"on-{name}-{step}"] = max(
-                ("#10151c", "#ffffff"), key=lambda ink, ground=colour: contrast(ink, ground)
-            )
-    return colours
-
-
-LIGHT = _palette(
-    {
-        **{"page": "#f5f6f8", "card": "#ffffff", "sunk": "#eef0f4"},
-        **{"ink": "#161b22", "muted": "#57606b", "grid": "#e4e7ec", "edge": "#d5dae1"},
-        **{"accent": "#1f5fcc", "good": "#167a46", "before": "#d9dee7", "kept": "#8b95a5"},
-    },
-    ("#1f66d0", "#c2570c", "#12823f", "#8a3fc9", "#c92a3c", "#0a7d88", "#85581f", "#b92a84"),
-    {
-        "cool": ("#dce8fb", "#4c84da", "#0b2c6e"),
-        "warm": ("#fdebd8", "#dd7429", "#6f1d05"),
-        "leaf": ("#dcf1e5", "#349a68", "#073f28"),
-    },
-)
-DARK = _palette(
-    {
-        **{"page": "#0f1318", "card": "#181d24", "sunk": "#11161c"},
-        **{"ink": "#e7eaee", "muted": "#a2acb8", "grid": "#29313b", "edge": "#333c48"},
-        **{"accent": "#7fb0ff", "good": "#5fd394", "before": "#323b48", "kept": "#7b8797"},
-    },
-    ("#6aa9ff", "#f39a45", "#4fca86", "#c290ff", "#ff7d86", "#3ecbd5", "#cda56d", "#f583c5"),
-    {
-        "cool": ("#22314a", "#4a80d8", "#d3e3ff"),
-        "warm": ("#402a1d", "#cf6a2b", "#ffdfc7"),
-        "leaf": ("#1d3a2d", "#2f9465", "#ccf5df"),
-    },
-)
-
-
-def style(used_in: str | None = None) -> Markup:
-    """Rules for `fill-NAME` and `stroke-NAME` in light and dark, and for the text of drawings.
-
-    Args:
-        used_in: Only the colours that this drawing uses.
-    """
-
-    def rules(colours: Mapping[str, str]) -> str:
-        return "".join(
-            f".{way}-{name}{{{way}:{colour}}}"
-            for name, colour in colours.items()
-            for way in ("fill", "stroke")
-            if used_in is None or f"{way}-{name}" in used_in
-        )
-
-    text = f"svg text{{font:12px {_FONT};font-variant-numeric:tabular-nums}}"
-    strong = "svg text.strong{font-weight:600}svg text.small{font-size:11px}"
-    dark = f"@media (prefers-color-scheme:dark){{{rules(DARK)}}}"
-    return Markup(f"{text}{strong}{rules(LIGHT)}{dark}")  # noqa: S704 - all of it is ours
-
-
-def variables() -> Markup:
-    """The plain colours as CSS variables, for what is not drawn."""
-
-    def declared(colours: Mapping[str, str]) -> str:
-        plain = {name: colour for name, colour in colours.items() if "-" not in name}
-        return "".join(f"--{name}:{colour};" for name, colour in plain.items())
-
-    dark = f"@media (prefers-color-scheme:dark){{:root{{{declared(DARK)}}}}}"
-    return Markup(f":root{{{declared(LIGHT)}}}{dark}")  # noqa: S704 - all of it is ours
 
 
 # Axes
@@ -254,7 +139,12 @@ class Axis:
 
 
 def axis(
-    values: Iterable[float], start: float, end: float, *, log: bool | None = None, room: float = 0.06
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    log: bool | None = None,
+    room: float = 0.06,
 ) -> Axis:
     """An axis that holds some values, with some room at its ends.
 
@@ -283,8 +173,6 @@ def axis(
 
 # Labels that keep clear of each other
 
-Box = tuple[float, float, float, float]
-
 
 def wide(words: str, points: float = 12) -> float:
     """About how wide a line of text is."""
@@ -292,7 +180,7 @@ def wide(words: str, points: float = 12) -> float:
 
 
 def meet(first: Box, second: Box) -> bool:
-    """Whether two boxes (left, top, right, bottom) overlap."""
+    """Whether two boxes overlap."""
     apart = first[2] <= second[0] or second[2] <= first[0]
     return not (apart or first[3] <= second[1] or second[3] <= first[1])
 
@@ -328,6 +216,54 @@ def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float
     return kept
 
 
-def between(places: Sequence[float]) -> float:
-    """The smallest gap of places in order."""
-    return min((b - a for a, b in pairwise(places)), default=0.0)
+# Parts that several pictures have
+
+
+def frame(
+    x: Axis,
+    y: Axis,
+    across: Callable[[float], str],
+    up: Callable[[float], str],
+    count: int = 4,
+) -> list[Markup]:
+    """Grid lines and the values at them."""
+    drawn = [level(y, tick, x.start, x.end, up(tick)) for tick in y.ticks(5)]
+    for tick in x.ticks(count):
+        place = x.at(tick)
+        drawn.append(line(place, y.start, place, y.end, class_="stroke-grid"))
+        drawn.append(label(place, y.start + 17, across(tick), text_anchor="middle"))
+    drawn.append(line(x.start, y.start, x.end, y.start, class_="stroke-kept"))
+    return drawn
+
+
+def level(y: Axis, tick: float, left: float, right: float, words: str) -> Markup:
+    place = y.at(tick)
+    rule = line(left, place, right, place, class_="stroke-grid")
+    return tag("g", rule, label(left - 8, place + 4, words, text_anchor="end"))
+
+
+def upright(x: float, y: float, words: str) -> Markup:
+    turned = f"rotate(-90 {x:.1f} {y:.1f})"
+    return label(x, y, words, text_anchor="middle", transform=turned)
+
+
+def swatch(place: int) -> Markup:
+    look = f"fill-series-{place % SERIES}"
+    return tag("rect", x=-5, y=-5, width=10, height=10, rx=2, class_=look)
+
+
+def mark(shape: int, colour: str) -> Markup:
+    return marker(shape, 0, 0, 5, class_=f"fill-{colour}")
+
+
+def legend(
+    marks: Sequence[tuple[Markup, str]], left: float, right: float
+) -> tuple[list[Markup], float]:
+    """What the marks stand for, set in rows, and how high that is."""
+    places = wrapped([wide(words) + 36 for _, words in marks], right - left)
+    drawn: list[Markup] = []
+    for (mark, words), (x, row) in zip(marks, places, strict=True):
+        at = (left + x + 8, 8.0 + _LINE * row)
+        drawn.append(tag("g", mark, transform=f"translate({at[0]:.1f} {at[1]:.1f})"))
+        drawn.append(label(at[0] + 14, at[1] + 4, words))
+    return drawn, _LINE * (places[-1][1] + 1) if places else 0.0

@@ -2,7 +2,8 @@
 
 import math
 
-NONE = "–"
+NONE = "-"
+TIMES = "\N{MULTIPLICATION SIGN}"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
