@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 from layerwise.core.outcome import (
     Candidate,
@@ -123,12 +124,18 @@ def report(blocks: int = 43, model: str = "meta-llama/Llama-3.1-8B") -> Report:
 def sweep(model: str = "meta-llama/Llama-3.1-8B") -> Sweep:
     """Five methods at four budgets; the joint budget is best, uniform rounding worst."""
     draw = random.Random(1)
-    factors = {"uniform rtn": 6.0, "uniform gptq": 2.4, "knapsack gptq": 1.3, "awq": 1.9, "joint": 1}
+    factors = {
+        "uniform rtn": 6.0,
+        "uniform gptq": 2.4,
+        "knapsack gptq": 1.3,
+        "awq": 1.9,
+        "joint": 0.9,
+    }
     points: list[SweepPoint] = []
     for method, factor in factors.items():
         for budget in (2.0, 2.5, 3.0, 4.0):
             kl = factor * 4 ** (1.2 - budget) * draw.uniform(0.92, 1.08)
-            size = int(8_000_000_000 * (budget - draw.uniform(0, 0.02)) / 8) + 2_100_000_000
+            size = int(8_000_000_000 * budget / 8) + 2_100_000_000 - draw.randrange(2_000_000)
             points.append(
                 SweepPoint(
                     method=method,
@@ -139,11 +146,15 @@ def sweep(model: str = "meta-llama/Llama-3.1-8B") -> Sweep:
                     perplexity=8.21 * math.exp(kl),
                     top1=1 / (1 + kl**0.7),
                     seconds=draw.uniform(400, 4000),
-                    front=method == "joint" or (method == "knapsack gptq" and budget == 4),
+                    front=False,
                     out=f"{method.replace(' ', '-')}-{budget:g}bits",
                     uniform=method.startswith("uniform"),
                 )
             )
+    points = [
+        replace(p, front=not any(q.bytes <= p.bytes and (q.kl or 0) < (p.kl or 0) for q in points))
+        for p in points
+    ]
     return Sweep(
         model=model,
         text="wikitext-2 test",

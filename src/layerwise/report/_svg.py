@@ -74,9 +74,18 @@ def marker(
 
 
 def drawing(
-    width: float, height: float, *inside: str, title: str, told: str, class_: str | None = None
+    width: float, height: float, *inside: str, title: str, told: str, sized: bool = False
 ) -> Markup:
-    """A picture with a title, and its content told in words for those who do not see it."""
+    """A picture with a title, and its content told in words for those who do not see it.
+
+    Args:
+        width: Of what it is drawn on.
+        height: Of what it is drawn on.
+        inside: Elements.
+        title: What it is a picture of.
+        told: What it shows.
+        sized: It keeps its size; otherwise it fills the width there is.
+    """
     return tag(
         "svg",
         tag("title", title),
@@ -85,7 +94,8 @@ def drawing(
         viewBox=f"0 0 {_plain(width)} {_plain(height)}",
         role="img",
         aria_label=f"{title}. {told}",
-        class_=class_,
+        width=width if sized else None,
+        height=height if sized else None,
     )
 
 

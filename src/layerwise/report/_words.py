@@ -13,18 +13,24 @@ def finite(value: float | None) -> bool:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure to so many significant digits: 12,345; 0.0123; 1.2e-5."""
+    """A figure to so many significant digits: 12,345; 0.0123; 1.20e-5."""
     if value is None or math.isnan(value):
         return NONE
     if math.isinf(value):
         return "infinite"
-    if abs(value) >= 10**digits:
+    if value == 0 or abs(value) >= 10**digits:
         return f"{value:,.0f}"
-    if value and abs(value) < 1e-3:
+    if abs(value) < 1e-3:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        plain = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{plain}e{int(exponent)}"
-    return f"{value:.{digits}g}"
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def round_number(value: float) -> str:
+    """A round figure, as an axis has it: 20; 0.01; 1e-5."""
+    if not value or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.10g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def size(value: float | None) -> str:
@@ -36,6 +42,12 @@ def size(value: float | None) -> str:
         value, place = value / 1000, place + 1
     digits = 0 if place == 0 or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:.{digits}f} {_UNITS[place]}"
+
+
+def round_size(value: float) -> str:
+    """Bytes that are a round number of their unit: 5 MB."""
+    digits, _, unit = size(value).partition(" ")
+    return f"{float(digits):g} {unit}"
 
 
 def percent(value: float | None, digits: int = 3) -> str:

@@ -173,7 +173,7 @@ def _widths(rows: Sequence[LayerRow]) -> dict[int | None, str]:
     """The colour of each width, more bits darker; what keeps its dtype is grey."""
     found = sorted({row.bits for row in rows if row.bits is not None})
     last = max(len(found) - 1, 1)
-    steps = {bits: 3 + round((STEPS - 4) * place / last) for place, bits in enumerate(found)}
+    steps = {bits: 2 + round((STEPS - 3) * place / last) for place, bits in enumerate(found)}
     colours: dict[int | None, str] = {bits: f"cool-{step}" for bits, step in steps.items()}
     return colours | ({None: "kept"} if any(row.bits is None for row in rows) else {})
 
@@ -227,7 +227,7 @@ def _bar(name: str, rows: Sequence[LayerRow], most: int, colours: Mapping[int | 
 def _got(row: LayerRow) -> str:
     """What a layer got, in a few words."""
     parts = [_width(row.bits)]
-    parts += [f"{percent(row.density)} kept"] if row.density < 1 else []
+    parts += [f"{100 * row.density:.3g}% kept"] if row.density < 1 else []
     parts += [f"rank {row.rank}"] if row.rank else []
     return " · ".join(parts)
 
@@ -280,10 +280,10 @@ def _scatter_note(report: Report, drawn: bool) -> str:
     made = report.prediction
     if made is None or made.rank_correlation is None:
         return ""
-    words = f"Rank correlation over {plural(made.layers, 'layer')}: {made.rank_correlation:.3f}."
+    words = f"rank correlation {made.rank_correlation:.3f} over {plural(made.layers, 'layer')}"
     below = [r for r in report.layers if r.measured_kl is not None and r.measured_kl <= 0]
     if drawn and below:
-        words += f" {plural(len(below), 'layer')} at zero or below cannot be drawn."
+        words += f"; {plural(len(below), 'layer')} at zero or below cannot be drawn"
     return words
 
 
@@ -291,22 +291,19 @@ def _decisions(rows: Sequence[LayerRow]) -> Table | None:
     """Every layer with what it got and why; columns in which nothing stands are left out."""
     columns: list[tuple[Column, Callable[[LayerRow], Cell]]] = [
         (Column("layer", kind="code"), lambda r: Cell(r.layer)),
-        (Column("shape", f"outputs {TIMES} inputs"), lambda r: Cell(_shape(r), r.rows * r.width)),
-        (Column("before"), lambda r: Cell(size(r.bytes_before), r.bytes_before)),
-        (Column("after"), lambda r: Cell(size(r.bytes_after), r.bytes_after)),
         (Column("bits", "width of a code"), lambda r: _optional(r.bits, str)),
-        (
-            Column("stored", "bits per weight, all counted"),
-            lambda r: _optional(r.stored_bits, _two),
-        ),
         (Column("density", "share of weights kept"), lambda r: _some(r.density, 1, percent)),
         (Column("rank", "columns of the correction"), lambda r: _some(r.rank, 0, str)),
+        (Column("before"), lambda r: Cell(size(r.bytes_before), r.bytes_before)),
+        (Column("after"), lambda r: Cell(size(r.bytes_after), r.bytes_after)),
+        (Column("stored", "bits per weight"), lambda r: _optional(r.stored_bits, _two)),
         (Column("error", "relative, of the output"), lambda r: _optional(r.error, percent)),
         (Column("score", "sensitivity, for the plan"), lambda r: _optional(r.score, number)),
+        (Column("why", kind="words"), lambda r: Cell("; ".join(p for p in (r.why, *r.notes) if p))),
         (Column("predicted KL", "nats"), lambda r: _optional(r.predicted_kl, number)),
         (Column("measured KL", "nats"), lambda r: _optional(r.measured_kl, number)),
         (Column("method", kind="text"), lambda r: Cell(r.method)),
-        (Column("why", kind="words"), lambda r: Cell("; ".join(p for p in (r.why, *r.notes) if p))),
+        (Column("shape", f"outputs {TIMES} inputs"), lambda r: Cell(_shape(r), r.rows * r.width)),
     ]
     return _table("Layers", columns, rows) if rows else None
 
@@ -361,7 +358,7 @@ def _sweep_page(sweep: Sweep) -> Page:
     seen = [p for p in sweep.points if finite(p.kl) or finite(p.perplexity)]
     drawn = [
         ("wide", plots.pareto(sweep, width=860)),
-        ("narrow", plots.pareto(sweep, width=400, crowded=True)),
+        ("narrow", plots.pareto(sweep, width=400)),
     ]
     methods = list(dict.fromkeys(point.method for point in sweep.points))
     return Page(
@@ -408,7 +405,7 @@ def _points(points: Sequence[SweepPoint]) -> Table | None:
     columns: list[tuple[Column, Callable[[SweepPoint], Cell]]] = [
         (Column("method", kind="text"), lambda p: Cell(p.method)),
         (Column("budget", kind="text"), lambda p: Cell(p.budget)),
-        (Column("front", "none is both smaller and better"), lambda p: _front(p.front)),
+        (Column("front", "none is both smaller and better", "text"), lambda p: _front(p.front)),
         (Column("bits", "stored per planned weight"), lambda p: Cell(f"{p.bits:.3f}", p.bits)),
         (Column("weight files"), lambda p: Cell(size(p.bytes), p.bytes)),
         (Column("KL", "to the original, nats"), lambda p: _optional(p.kl, number)),

@@ -28,7 +28,7 @@ from layerwise.report._svg import (
     upright,
     wide,
 )
-from layerwise.report._words import finite, number, plural, size
+from layerwise.report._words import finite, number, plural, round_number, round_size, size
 
 # Lines in one panel of error curves: more of them are no picture any more.
 _MOST_LINES = 64
@@ -78,7 +78,7 @@ def block_columns(rows: Sequence[LayerRow], *, width: float = 960) -> Markup:
     bottom = 210.0
     y = Axis(0, most * 1.04, bottom, top, log=False)
     step = (right - left) / len(grouped)
-    drawn = [level(y, tick, left, right, size(tick)) for tick in y.ticks(4)]
+    drawn = [level(y, tick, left, right, round_size(tick)) for tick in y.ticks(4)]
     for place, (name, held) in enumerate(grouped.items()):
         x, thick = left + step * (place + 0.12), step * 0.76
         before = sum(row.bytes_before for row in held)
@@ -168,7 +168,7 @@ def _curves(
     candidates = [candidate for row in rows for candidate in _curve(row)]
     x = axis([c.bytes for c in candidates], left, width - 14, log=False)
     y = axis(errors, bottom, 12)
-    drawn = frame(x, y, size, number)
+    drawn = frame(x, y, round_size, round_number)
     cloud = [(x.at(c.bytes), y.at(c.error)) for c in candidates]
     drawn.append(dots(cloud, 1.6, class_="stroke-edge"))
     for row in rows:
@@ -178,7 +178,7 @@ def _curves(
             path(
                 [(x.at(cost), y.at(error)) for cost, error in hull],
                 class_=f"stroke-{colour}",
-                stroke_width=1.6,
+                stroke_width=1.6 if len(rows) < 12 else 0.9,
                 stroke_linejoin="round",
             )
         )
@@ -254,7 +254,7 @@ def heat_map(rows: Sequence[LayerRow], scale: Scale) -> Markup | None:
         y = top + (down + 0.5) * tall + 4
         drawn.append(label(left - 8, y, kind, class_="fill-ink", text_anchor="end"))
     bottom = top + tall * len(kinds) + 20
-    drawn.append(_heat_legend(scale, min(held), max(held), left, bottom))
+    drawn.append(_heat_legend(scale, min(held), max(held), 8, bottom))
     return drawing(
         max(left + cell * len(names) + 8, left + 330),
         bottom + 22,
@@ -262,6 +262,7 @@ def heat_map(rows: Sequence[LayerRow], scale: Scale) -> Markup | None:
         title=f"{scale.name} by block and role",
         told=f"from {scale.write(min(held))} to {scale.write(max(held))}; "
         f"{plural(len(names), 'block')} across, {plural(len(kinds), 'role')} down",
+        sized=True,
     )
 
 
@@ -358,16 +359,9 @@ def kl_scatter(rows: Sequence[LayerRow]) -> Markup | None:
     both = [value for _, p, m in pairs for value in (p, m)]
     x = axis(both, left, width - 14, log=True)
     y = axis(both, bottom, bottom - (width - 14 - left), log=True)
-    drawn = frame(x, y, number, number, 4)
+    drawn = frame(x, y, round_number, round_number, 4)
     dashed = {"class_": "stroke-kept", "stroke_dasharray": "4 4"}
     drawn.append(line(x.start, y.start, x.end, y.end, **dashed))
-    turned = f"rotate(-45 {x.at(x.high) - 76:.1f} {y.at(y.high) + 68:.1f})"
-    spot = (x.at(x.high) - 76, y.at(y.high) + 68)
-    drawn.append(
-        label(
-            *spot, "as foreseen", text_anchor="middle", class_="small fill-muted", transform=turned
-        )
-    )
     for row, predicted, measured in pairs:
         kind = kinds.index(row.role or "layers")
         told = f"{row.layer}: predicted {number(predicted)}, measured {number(measured)} nats"
@@ -378,11 +372,12 @@ def kl_scatter(rows: Sequence[LayerRow]) -> Markup | None:
     middle = (y.start + y.end) / 2
     drawn.append(upright(14, middle, "measured KL, nats"))
     marks = [(mark(n, f"series-{n % SERIES}"), kind) for n, kind in enumerate(kinds)]
+    marks.append((line(-9, 0, 9, 0, **dashed), "as foreseen"))
     key, height = legend(marks, left, width - 14)
-    drawn.append(tag("g", *key, transform=f"translate(0 {bottom + 60})"))
+    drawn.append(tag("g", *key, transform=f"translate(0 {bottom + 56})"))
     return drawing(
         width,
-        bottom + 60 + height,
+        bottom + 56 + height,
         *drawn,
         title="Predicted against measured KL divergence",
         told=f"{plural(len(pairs), 'layer')}; on the dashed line they are equal",

@@ -1,7 +1,9 @@
 """Pictures of how good models are, as SVG: what they show is also told in words and in tables."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -25,7 +27,7 @@ from layerwise.report._svg import (
     upright,
     wide,
 )
-from layerwise.report._words import finite, number, percent, plural, size
+from layerwise.report._words import finite, number, plural, round_number, round_size, size
 
 
 def quality_strip(kl: float, floor: float | None, predicted: float | None) -> Markup | None:
@@ -66,92 +68,84 @@ def pareto_svg(sweep: Sweep) -> str:
     return _alone(pareto(sweep))
 
 
-def pareto(sweep: Sweep, *, width: float = 760, crowded: bool = False) -> Markup:
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A point of a sweep with its place, and how its method is drawn."""
+
+    of: SweepPoint
+    quality: float
+    x: float
+    y: float
+    shape: int
+    colour: str
+
+
+def pareto(sweep: Sweep, *, width: float = 760) -> Markup:
     """The same, to stand in a page.
 
     Args:
         sweep: What was tried.
         width: In pixels.
-        crowded: Only points on the front are labelled.
     """
     name, value = _quality(sweep)
-    pairs = [(p, v) for p in sweep.points if (v := value(p)) is not None and math.isfinite(v)]
-    if not pairs:
+    known = {n: v for n, p in enumerate(sweep.points) if finite(v := value(p)) and v is not None}
+    if not known:
         words = "No point was compared with the original."
         return drawing(width, 60, label(16, 34, words), title=f"Sweep of {sweep.model}", told=words)
-    methods = list(dict.fromkeys(point.method for point, _ in pairs))
-    looks = _looks(methods, {point.method for point, _ in pairs if point.uniform})
+    held = [sweep.points[n] for n in known]
+    looks = _looks(held)
     left, right = 66.0, width - 18
-    marks = [(mark(*looks[method]), method) for method in methods]
-    if any(point.front for point, _ in pairs):
+    marks = [(mark(*look), method) for method, look in looks.items()]
+    if any(point.front for point in held):
         marks.append((_front_mark(), "front: none is both smaller and better"))
     key, top = legend(marks, left, right)
     bottom = top + 30 + min(0.62 * width, 400)
-    x = axis([point.bytes for point, _ in pairs], left, right)
+    x = axis([point.bytes for point in held], left, right, room=0.1)
     floor = _floor(sweep, name)
-    least = min(v for _, v in pairs)
-    reached = [floor[1]] if floor and floor[1] > 0 and least / floor[1] < 100 else []
-    y = axis([v for _, v in pairs] + reached, bottom, top + 22)
-    drawn = [tag("g", *key, transform="translate(0 8)")]
-    drawn += frame(x, y, size, number, 6 if width > 500 else 3)
+    y = axis([*known.values(), *_near(floor, known.values())], bottom, top + 22)
+    points = [
+        _Point(p, v, x.at(p.bytes), y.at(v), *looks[p.method])
+        for p, v in zip(held, known.values(), strict=True)
+    ]
+    points.sort(key=lambda point: point.x)
     taken: list[Box] = []
-    if floor:
-        drawn += _floor_line(floor, y, left, right, taken)
-    front = [(x.at(p.bytes), y.at(v)) for p, v in sorted(pairs, key=_bytes) if p.front]
-    drawn.append(
-        path(_stairs(front), class_="stroke-accent", stroke_width=7, opacity=0.22)
-        if front
-        else Markup()
-    )
-    for method in methods:
-        held = sorted(((p, v) for p, v in pairs if p.method == method), key=_bytes)
-        colour = looks[method][1]
-        dash = "3 3" if held[0][0].uniform else None
-        drawn.append(
-            path(
-                [(x.at(p.bytes), y.at(v)) for p, v in held],
-                class_=f"stroke-{colour}",
-                stroke_width=1.5,
-                stroke_dasharray=dash,
-            )
-        )
-    drawn += _points(pairs, looks, x, y, name, crowded, taken)
-    drawn.append(label((left + right) / 2, bottom + 40, "weight files", text_anchor="middle"))
-    drawn.append(upright(14, (y.start + y.end) / 2, name))
+    drawn = [
+        tag("g", *key, transform="translate(0 8)"),
+        *frame(x, y, round_size, round_number, 6 if width > 500 else 3),
+        *(_floor_line(floor, y, left, right, taken) if floor else ()),
+        *_front(points),
+        *_lines(points, taken),
+        *(_marked(point, name) for point in points),
+        *_labels(points, (left, top, right + 14, bottom), taken),
+        label((left + right) / 2, bottom + 40, "weight files", text_anchor="middle"),
+        upright(14, (y.start + y.end) / 2, name),
+    ]
     return drawing(
         width,
         bottom + 52,
         *drawn,
         title=f"Size against quality: {sweep.model}",
-        told=f"{plural(len(pairs), 'point')} of {', '.join(methods)}; {name} against the size of "
-        f"the weight files; {sum(p.front for p, _ in pairs)} on the Pareto front",
+        told=f"{plural(len(held), 'point')} of {', '.join(looks)}; {name} against the size of "
+        f"the weight files; {sum(p.front for p in held)} on the Pareto front",
     )
 
 
-def _bytes(pair: tuple[SweepPoint, float]) -> tuple[int, float]:
-    return pair[0].bytes, pair[1]
-
-
 def _quality(sweep: Sweep) -> tuple[str, Callable[[SweepPoint], float | None]]:
-    if any(point.kl is not None for point in sweep.points):
+    if any(finite(point.kl) for point in sweep.points):
         return "KL to the original, nats", lambda point: point.kl
     return "perplexity", lambda point: point.perplexity
 
 
-def _looks(methods: Sequence[str], uniform: set[str]) -> dict[str, tuple[int, str]]:
+def _looks(points: Sequence[SweepPoint]) -> dict[str, tuple[int, str]]:
     """Shape and colour of each method; those that treat all layers alike are grey."""
+    methods = dict.fromkeys(point.method for point in points)
+    uniform = {point.method for point in points if point.uniform}
     others = [method for method in methods if method not in uniform]
-    looks = {method: (n, f"series-{n % SERIES}") for n, method in enumerate(others)}
-    return looks | {m: (n, "kept") for n, m in enumerate(m for m in methods if m in uniform)}
-
-
-def _stairs(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Along a front nothing better is known than the point to the left."""
-    made: list[tuple[float, float]] = []
-    for x, y in front:
-        made += [(x, made[-1][1])] if made else []
-        made.append((x, y))
-    return made if len(made) > 1 else [*made, *made]
+    looks: dict[str, tuple[int, str]] = {}
+    for method in methods:
+        place = others.index(method) if method in others else len(looks)
+        looks[method] = (place, "kept" if method in uniform else f"series-{place % SERIES}")
+    return looks
 
 
 def _floor(sweep: Sweep, name: str) -> tuple[str, float] | None:
@@ -163,80 +157,107 @@ def _floor(sweep: Sweep, name: str) -> tuple[str, float] | None:
     return ("self-noise floor", noise.kl) if noise and noise.kl is not None else None
 
 
+def _near(floor: tuple[str, float] | None, values: Iterable[float]) -> list[float]:
+    """The floor, if it is so near that the points still have most of the picture."""
+    held = sorted(values)
+    if floor is None or floor[1] <= 0 or held[0] <= 0:
+        return []
+    below, spread = math.log(held[0] / floor[1]), math.log(held[-1] / held[0])
+    return [floor[1]] if below < max(spread / 2, 1.0) else []
+
+
 def _floor_line(
     floor: tuple[str, float], y: Axis, left: float, right: float, taken: list[Box]
 ) -> list[Markup]:
     words = f"{floor[0]} {number(floor[1])}"
-    if not y.low <= floor[1] <= y.high:
-        words, place = f"{words}, below this plot", y.start
-        drawn: list[Markup] = []
-    else:
+    if y.low <= floor[1] <= y.high:
         place = y.at(floor[1])
         look = {"class_": "stroke-kept", "stroke_dasharray": "6 4"}
         drawn = [line(left, place, right, place, **look)]
-    at = (right - 6, place - 6)
-    taken.append((at[0] - wide(words), at[1] - 11, at[0], at[1] + 3))
-    return [*drawn, label(*at, words, text_anchor="end")]
+    else:
+        words, place = f"{words}, below this picture", y.start
+        drawn = []
+    at = (left + 6, place - 6)
+    taken.append((at[0], at[1] - 11, at[0] + wide(words), at[1] + 3))
+    return [*drawn, label(*at, words)]
 
 
-def _points(
-    pairs: Sequence[tuple[SweepPoint, float]],
-    looks: Mapping[str, tuple[int, str]],
-    x: Axis,
-    y: Axis,
-    name: str,
-    crowded: bool,
-    taken: list[Box],
-) -> list[Markup]:
-    """Markers, and labels wherever one has room; the front comes first."""
-    places = {id(p): (x.at(p.bytes), y.at(v)) for p, v in pairs}
-    taken += [(px - 6, py - 6, px + 6, py + 6) for px, py in places.values()]
-    room = (x.start, y.end - 8, x.end + 14, y.start)
+def _front(points: Sequence[_Point]) -> list[Markup]:
+    """Stairs: from a point on, nothing better is known until the next."""
+    front = [point for point in points if point.of.front]
+    if len(front) < 2:
+        return []
+    stairs = [(front[0].x, front[0].y)]
+    for before, after in pairwise(front):
+        stairs += [(after.x, before.y), (after.x, after.y)]
+    return [path(stairs, class_="stroke-accent", stroke_width=5, opacity=0.25)]
+
+
+def _lines(points: Sequence[_Point], taken: list[Box]) -> list[Markup]:
+    """A line through the points of each method; labels keep clear of it."""
     drawn: list[Markup] = []
-    for point, value in sorted(pairs, key=lambda pair: not pair[0].front):
-        px, py = places[id(point)]
-        shape, colour = looks[point.method]
-        look = {"class_": f"fill-{colour} stroke-card", "stroke_width": 1.2}
-        told = (
-            f"{point.method} at {point.budget}: {size(point.bytes)}, {number(point.bits)} bits "
-            f"stored per weight, {name} {number(value)}, top-1 agreement {percent(point.top1)}"
-        )
-        drawn.append(marker(shape, px, py, 5, tag("title", told), **look))
-        if crowded and not point.front:
-            continue
-        words = f"{point.method} {point.budget}" if point.front else point.budget
-        if spot := _room_beside(px, py, words, taken, room):
-            box, at, anchor = spot
-            taken.append(box)
-            colour = "ink" if point.front else "muted"
-            text = {"class_": f"small fill-{colour}", "text_anchor": anchor}
-            drawn.append(label(*at, words, **text))
+    for method in dict.fromkeys(point.of.method for point in points):
+        held = [point for point in points if point.of.method == method]
+        look = {"class_": f"stroke-{held[0].colour}", "stroke_width": 1.5}
+        dash = "3 3" if held[0].of.uniform else None
+        drawn.append(path([(p.x, p.y) for p in held], stroke_dasharray=dash, **look))
+        for a, b in pairwise(held):
+            for step in range(21):
+                x, y = (a.x + (b.x - a.x) * step / 20, a.y + (b.y - a.y) * step / 20)
+                taken.append((x - 1, y - 1, x + 1, y + 1))
+    taken += [(p.x - 6, p.y - 6, p.x + 6, p.y + 6) for p in points]
+    return drawn
+
+
+def _marked(point: _Point, name: str) -> Markup:
+    of = point.of
+    told = (
+        f"{of.method} at {of.budget}: {size(of.bytes)}, {number(of.bits)} bits stored per weight, "
+        f"{name} {number(point.quality)}"
+    )
+    look = {"class_": f"fill-{point.colour} stroke-card", "stroke_width": 1.2}
+    return marker(point.shape, point.x, point.y, 5, tag("title", told), **look)
+
+
+def _labels(points: Sequence[_Point], room: Box, taken: list[Box]) -> list[Markup]:
+    """What is on the front, named as fully as there is room for."""
+    drawn: list[Markup] = []
+    for point in points:
+        of = point.of
+        for words in (f"{of.method} {of.budget}", of.budget) if of.front else ():
+            if found := _room_beside(point, words, room, taken):
+                box, at, anchor = found
+                taken.append(box)
+                drawn.append(label(*at, words, class_="small fill-ink", text_anchor=anchor))
+                break
     return drawn
 
 
 def _room_beside(
-    x: float, y: float, words: str, taken: Sequence[Box], room: Box
+    point: _Point, words: str, room: Box, taken: Sequence[Box]
 ) -> tuple[Box, tuple[float, float], str] | None:
-    """Where a label of a point meets nothing: its box, its place and how it is anchored."""
+    """Where a label meets nothing: its box, its place and how it is anchored."""
     long = wide(words, 11)
     for dx, dy, anchor in (
+        (-8, 15, "end"),
+        (0, 19, "middle"),
+        (9, 15, "start"),
         (9, -7, "start"),
-        (9, 13, "start"),
-        (-9, 13, "end"),
-        (-9, -7, "end"),
-        (0, -12, "middle"),
-        (0, 20, "middle"),
+        (0, -11, "middle"),
+        (10, 4, "start"),
+        (-10, 4, "end"),
+        (-8, -7, "end"),
     ):
-        at = (x + dx, y + dy)
+        at = (point.x + dx, point.y + dy)
         start = at[0] - {"start": 0.0, "middle": long / 2, "end": long}[anchor]
-        box = (start, at[1] - 10, start + long, at[1] + 3)
+        box = (start, at[1] - 9, start + long, at[1] + 2)
         if inside(box, room) and not any(meet(box, other) for other in taken):
             return box, at, anchor
     return None
 
 
 def _front_mark() -> Markup:
-    return line(-8, 0, 8, 0, class_="stroke-accent", stroke_width=7, opacity=0.3)
+    return line(-8, 0, 8, 0, class_="stroke-accent", stroke_width=5, opacity=0.3)
 
 
 def _alone(picture: Markup) -> str:
