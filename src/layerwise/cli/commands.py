@@ -17,6 +17,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.outcome import Report
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import check_types, read_yaml
+from layerwise.flow import reporting
 from layerwise.flow.planning import Wish
 
 # The measure that is also found at several widths at once.
@@ -141,6 +142,8 @@ def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Repor
         done = lw.compress(**arguments, restart=restart, progress=bars, recipe={"compress": recipe})
     console().print(report.layer_table(done))
     console().print(report.summary(done))
+    page = os.path.join(arguments["out"], "report.html")
+    console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
     return done
 
 
@@ -175,6 +178,15 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             answers.append(asdict(compared))
     if chosen.json:
         _print_json(answers)
+    return 0
+
+
+def render(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise report`."""
+    page = reporting.render(chosen.place, chosen.output)
+    console().print(f"wrote {page}", markup=False, soft_wrap=True)
+    if chosen.json:
+        _print_json({"page": str(page)})
     return 0
 
 

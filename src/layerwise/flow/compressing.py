@@ -144,16 +144,18 @@ def _asked(
     source: Source, out: str | Path, wish: Wish, texts: Texts, plan: Path | Plan | None
 ) -> dict[str, Any]:
     """How a run without a recipe was asked for: what is not as it would be anyway."""
-    usual = asdict(Wish()) | asdict(Texts())
-    read = {"calibration": texts.calibration, "heldout": texts.heldout}
+    usual, wished = (
+        asdict(one)
+        | {"samples": text.samples, "length": text.length, "text_samples": text.heldout_samples}
+        for one, text in ((Wish(), Texts()), (wish, texts))
+    )
+    wished = {name: value for name, value in wished.items() if value != usual[name]}
     # A text can be a tensor or a long list; what it was is enough.
     named = {
         name: str(text) if isinstance(text, str | Path) else f"a {type(text).__name__}"
-        for name, text in read.items()
+        for name, text in (("calibration", texts.calibration), ("text", texts.heldout))
         if text is not None
     }
-    wished = asdict(wish) | {"samples": texts.samples, "length": texts.length}
-    wished = {name: value for name, value in wished.items() if value != usual[name]}
     planned = {} if plan is None else {"plan": str(plan) if isinstance(plan, Path) else "a Plan"}
     return {"model": source.label, "out": str(out), **planned, **wished, **named}
 

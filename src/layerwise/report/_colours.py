@@ -46,7 +46,7 @@ def _palette(
         for step, colour in enumerate(_ramp(*stops)):
             colours[f"{name}-{step}"] = colour
             colours[f"on-{name}-{step}"] = max(
-                ("#10151c", "#ffffff"), key=lambda ink, ground=colour: contrast(ink, ground)
+                ("#000000", "#ffffff"), key=lambda ink, ground=colour: contrast(ink, ground)
             )
     return colours
 

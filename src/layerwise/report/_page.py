@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from layerwise.report._words import Number
 from layerwise.report.layer_plots import Panel
 
 
@@ -25,7 +26,7 @@ class Card:
     value: str
     notes: Sequence[str] = ()
     good: bool = False
-    share: float | None = None
+    share: Number | None = None
     picture: Markup | None = None
 
 
@@ -43,7 +44,7 @@ class Cell:
     """A cell: its text, and the value it is sorted by."""
 
     text: str
-    value: float | str | None = None
+    value: Number | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Bar:
     """The bytes of a layer, as shares of the largest one's, in per cent."""
 
     name: str
-    before: float
-    after: float
+    before: Number
+    after: Number
     colour: str
     sizes: str
     got: str

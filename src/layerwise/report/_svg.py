@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from layerwise.report._colours import SERIES
+from layerwise.report._words import Number
 
 _LINE = 18  # pixels from one line of text to the next
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Box = tuple[Number, Number, Number, Number]  # left, top, right, bottom
 
 
-def tag(name: str, *inside: str, **attributes: str | float | None) -> Markup:
+def tag(name: str, *inside: str, **attributes: str | Number | None) -> Markup:
     """An element; text and values are escaped, what is Markup stands as it is.
 
     Args:
@@ -29,27 +30,29 @@ def tag(name: str, *inside: str, **attributes: str | float | None) -> Markup:
     return Markup(f"<{name}{written}>{body}</{name}>")
 
 
-def _plain(value: str | float) -> str:
+def _plain(value: str | Number) -> str:
     return value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
 
 
-def label(x: float, y: float, words: str, **attributes: str | float | None) -> Markup:
+def label(x: Number, y: Number, words: str, **attributes: str | Number | None) -> Markup:
     """A line of text; muted unless a class is given."""
     return tag("text", words, x=x, y=y, **{"class_": "fill-muted", **attributes})
 
 
-def line(x1: float, y1: float, x2: float, y2: float, **attributes: str | float | None) -> Markup:
+def line(
+    x1: Number, y1: Number, x2: Number, y2: Number, **attributes: str | Number | None
+) -> Markup:
     """A straight line."""
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, **attributes)
 
 
-def path(points: Iterable[tuple[float, float]], **attributes: str | float | None) -> Markup:
+def path(points: Iterable[tuple[Number, Number]], **attributes: str | Number | None) -> Markup:
     """A line through points."""
     drawn = "L".join(f"{_plain(x)} {_plain(y)}" for x, y in points)
     return tag("path", d=f"M{drawn}", fill="none", **attributes)
 
 
-def dots(points: Iterable[tuple[float, float]], radius: float, **attributes: str) -> Markup:
+def dots(points: Iterable[tuple[Number, Number]], radius: Number, **attributes: str) -> Markup:
     """Many dots in one element, of the class's stroke."""
     drawn = "".join(f"M{_plain(x)} {_plain(y)}h0" for x, y in points)
     width = 2 * radius
@@ -59,7 +62,12 @@ def dots(points: Iterable[tuple[float, float]], radius: float, **attributes: str
 
 
 def marker(
-    shape: int, x: float, y: float, radius: float, *inside: str, **attributes: str | float | None
+    shape: int,
+    x: Number,
+    y: Number,
+    radius: Number,
+    *inside: str,
+    **attributes: str | Number | None,
 ) -> Markup:
     """One of four shapes around a point, so that colour is not all that tells series apart."""
     if shape % 4 == 0:
@@ -74,7 +82,7 @@ def marker(
 
 
 def drawing(
-    width: float, height: float, *inside: str, title: str, told: str, sized: bool = False
+    width: Number, height: Number, *inside: str, title: str, told: str, sized: bool = False
 ) -> Markup:
     """A picture with a title, and its content told in words for those who do not see it.
 
@@ -112,33 +120,36 @@ class Axis:
         start: Place of the lowest value.
         end: Place of the highest value.
         log: Equal ratios are equally far apart; what is not above zero lies at `start`.
+        zero: A logarithmic axis whose values have zeros among them.
     """
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
     log: bool
+    zero: bool = False
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> Number:
         """The place of a value, inside the axis."""
         if self.log:
-            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+            low = math.log10(self.low)
+            share = (math.log10(max(value, self.low)) - low) / (math.log10(self.high) - low)
         else:
             share = (value - self.low) / (self.high - self.low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> list[float]:
+    def ticks(self, count: int = 5) -> list[Number]:
         """Round values to label, about `count` of them."""
-        if self.log and self.high / self.low >= 10:
-            return self._decades(count)
+        if self.log and self.high >= 10 * self.low:
+            return [0.0] * self.zero + self._decades(count)
         rough = (self.high - self.low) / count
         power = 10 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(n * step, 12) for n in range(first, last + 1)]
+        return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
 
-    def _decades(self, count: int) -> list[float]:
+    def _decades(self, count: int) -> list[Number]:
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 5), (1, 3), (1,)):
             made = [float(f"{part}e{power}") for power in powers for part in parts]
@@ -149,12 +160,12 @@ class Axis:
 
 
 def axis(
-    values: Iterable[float],
-    start: float,
-    end: float,
+    values: Iterable[Number],
+    start: Number,
+    end: Number,
     *,
     log: bool | None = None,
-    room: float = 0.06,
+    room: Number = 0.06,
 ) -> Axis:
     """An axis that holds some values, with some room at its ends.
 
@@ -162,19 +173,23 @@ def axis(
         values: At least one.
         start: Place of the lowest value.
         end: Place of the highest value.
-        log: Whether it is logarithmic; None where the largest is 20 times the smallest or more.
+        log: Whether it is logarithmic; None where nothing is below zero and the largest is 20
+            times the smallest above it, or more.
         room: Share of the axis to leave at each end.
     """
     held = sorted(values)
     positive = [value for value in held if value > 0]
     if log is None:
-        log = positive == held and held[-1] >= 20 * held[0]
+        log = bool(positive) and held[0] >= 0 and held[-1] >= 20 * positive[0]
     if log and positive:
-        low, high = positive[0], positive[-1]
-        ratio = max(high / low, 2.0) ** room
-        low, high = (low / 1.5, high * 1.5) if high / low < 2 else (low / ratio, high * ratio)
-        # What is zero lies apart, below the smallest that is not.
-        return Axis(low if positive == held else low / (high / low) ** 0.1, high, start, end, True)
+        low, high = math.log10(positive[0]), math.log10(positive[-1])
+        apart = max(high - low, 0.3)
+        more = 0.15 if high - low < 0.3 else room * apart
+        # What is zero lies by itself, below the smallest that is not.
+        zero = positive != held
+        low, high = low - more - 0.1 * apart * zero, high + more
+        limits = (10.0 ** max(low, -300), 10.0 ** min(high, 300))
+        return Axis(*limits, start, end, True, zero)
     low, high = held[0], held[-1]
     span = (high - low) or abs(high) or 1.0
     below = low - room * span
@@ -184,7 +199,7 @@ def axis(
 # Labels that keep clear of each other
 
 
-def wide(words: str, points: float = 12) -> float:
+def wide(words: str, points: Number = 12) -> Number:
     """About how wide a line of text is."""
     return 0.57 * points * len(words)
 
@@ -205,9 +220,9 @@ def inside(inner: Box, outer: Box) -> bool:
     )
 
 
-def wrapped(widths: Sequence[float], room: float) -> list[tuple[float, int]]:
+def wrapped(widths: Sequence[Number], room: Number) -> list[tuple[Number, int]]:
     """Where things of some widths stand, (x, row), when they are set in rows."""
-    places: list[tuple[float, int]] = []
+    places: list[tuple[Number, int]] = []
     x, row = 0.0, 0
     for width in widths:
         if x and x + width > room:
@@ -217,9 +232,9 @@ def wrapped(widths: Sequence[float], room: float) -> list[tuple[float, int]]:
     return places
 
 
-def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def lower_hull(points: Iterable[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
     """Those of some (cost, error) that no cheaper one is as good as, cheapest first."""
-    kept: list[tuple[float, float]] = []
+    kept: list[tuple[Number, Number]] = []
     for cost, error in sorted(points):
         if not kept or error < kept[-1][1]:
             kept.append((cost, error))
@@ -232,8 +247,8 @@ def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float
 def frame(
     x: Axis,
     y: Axis,
-    across: Callable[[float], str],
-    up: Callable[[float], str],
+    across: Callable[[Number], str],
+    up: Callable[[Number], str],
     count: int = 4,
 ) -> list[Markup]:
     """Grid lines and the values at them."""
@@ -246,13 +261,13 @@ def frame(
     return drawn
 
 
-def level(y: Axis, tick: float, left: float, right: float, words: str) -> Markup:
+def level(y: Axis, tick: Number, left: Number, right: Number, words: str) -> Markup:
     place = y.at(tick)
     rule = line(left, place, right, place, class_="stroke-grid")
     return tag("g", rule, label(left - 8, place + 4, words, text_anchor="end"))
 
 
-def upright(x: float, y: float, words: str) -> Markup:
+def upright(x: Number, y: Number, words: str) -> Markup:
     turned = f"rotate(-90 {x:.1f} {y:.1f})"
     return label(x, y, words, text_anchor="middle", transform=turned)
 
@@ -267,8 +282,8 @@ def mark(shape: int, colour: str) -> Markup:
 
 
 def legend(
-    marks: Sequence[tuple[Markup, str]], left: float, right: float
-) -> tuple[list[Markup], float]:
+    marks: Sequence[tuple[Markup, str]], left: Number, right: Number
+) -> tuple[list[Markup], Number]:
     """What the marks stand for, set in rows, and how high that is."""
     places = wrapped([wide(words) + 36 for _, words in marks], right - left)
     drawn: list[Markup] = []

@@ -18,7 +18,17 @@ from layerwise.core.outcome import Comparison, LayerRow, Report, Sweep, SweepPoi
 from layerwise.report import layer_plots, plots
 from layerwise.report._colours import STEPS, style, variables
 from layerwise.report._page import Bar, Block, Card, Cell, Column, Page, Table
-from layerwise.report._words import NONE, TIMES, finite, number, percent, plural, seconds, size
+from layerwise.report._words import (
+    NONE,
+    TIMES,
+    Number,
+    finite,
+    number,
+    percent,
+    plural,
+    seconds,
+    size,
+)
 
 Item = TypeVar("Item")
 
@@ -141,7 +151,7 @@ def _cards(report: Report) -> list[Card]:
     return cards
 
 
-def _times(share: float) -> str:
+def _times(share: Number) -> str:
     if share <= 0:
         return "nothing is left"
     return f"{1 / share:.2f} times smaller" if share < 0.995 else f"{100 * share:.0f}% of it"
@@ -156,15 +166,16 @@ def _quality_cards(report: Report, seen: Comparison) -> list[Card]:
         picture = plots.quality_strip(seen.kl, noise, foreseen)
         cards.append(Card("KL to the original, nats", number(seen.kl), notes, picture=picture))
     words = [f"{seen.tokens:,} tokens of {seen.text}"]
-    if seen.perplexity_before is not None:
+    if seen.perplexity_before:
         change = seen.perplexity / seen.perplexity_before - 1
-        words.insert(0, f"{number(seen.perplexity_before, 4)} before ({change:+.2%})")
+        sign = "+" if change > 0 else ""
+        words.insert(0, f"{number(seen.perplexity_before, 4)} before ({sign}{percent(change)})")
     cards.append(Card("Perplexity", number(seen.perplexity, 4), words))
     if seen.top1 is not None:
         notes = ["tokens whose likeliest successor is the same"]
         if floor and floor.top1 is not None:
             notes.append(f"{percent(floor.top1, 4)} for the original against itself")
-        share = min(max(100 * seen.top1, 0), 100)
+        share = min(max(100 * seen.top1, 0), 100) if finite(seen.top1) else None
         cards.append(Card("Top-1 agreement", percent(seen.top1), notes, share=share))
     return cards
 
@@ -227,7 +238,7 @@ def _bar(name: str, rows: Sequence[LayerRow], most: int, colours: Mapping[int | 
 def _got(row: LayerRow) -> str:
     """What a layer got, in a few words."""
     parts = [_width(row.bits)]
-    parts += [f"{100 * row.density:.3g}% kept"] if row.density < 1 else []
+    parts += [f"{100 * row.density:.3g}% kept"] if finite(row.density) and row.density < 1 else []
     parts += [f"rank {row.rank}"] if row.rank else []
     return " · ".join(parts)
 
@@ -245,7 +256,7 @@ def _maps(rows: Sequence[LayerRow]) -> list[tuple[str, Markup]]:
     return [(name, picture) for name, picture in drawn if picture is not None]
 
 
-def _bits(value: float) -> str:
+def _bits(value: Number) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -272,7 +283,7 @@ def _forecast(report: Report) -> Table | None:
     return Table("What was foreseen, and what came", columns, rows) if rows else None
 
 
-def _ratio(foreseen: float, found: float) -> Cell:
+def _ratio(foreseen: Number, found: Number) -> Cell:
     return Cell(f"{found / foreseen:.2f}" if foreseen and finite(found / foreseen) else NONE)
 
 
@@ -321,16 +332,24 @@ def _shape(row: LayerRow) -> str:
     return f"{row.rows:,} {TIMES} {row.width:,}"
 
 
-def _two(value: float) -> str:
+def _two(value: Number) -> str:
     return f"{value:.2f}"
 
 
+def _four(value: Number) -> str:
+    return number(value, 4)
+
+
+def _three(value: Number) -> str:
+    return f"{value:.3f}"
+
+
 def _optional(value: Any, write: Any) -> Cell:
-    return Cell(NONE if value is None else write(value), value)
+    return Cell(write(value), value) if finite(value) else Cell(NONE)
 
 
 def _some(value: Any, nothing: Any, write: Any) -> Cell:
-    return Cell(NONE if value == nothing else write(value), value)
+    return Cell(NONE, value) if value == nothing else _optional(value, write)
 
 
 def _left(left: Mapping[str, str]) -> Table | None:
@@ -406,12 +425,12 @@ def _points(points: Sequence[SweepPoint]) -> Table | None:
         (Column("method", kind="text"), lambda p: Cell(p.method)),
         (Column("budget", kind="text"), lambda p: Cell(p.budget)),
         (Column("front", "none is both smaller and better", "text"), lambda p: _front(p.front)),
-        (Column("bits", "stored per planned weight"), lambda p: Cell(f"{p.bits:.3f}", p.bits)),
+        (Column("bits", "stored per planned weight"), lambda p: _optional(p.bits, _three)),
         (Column("weight files"), lambda p: Cell(size(p.bytes), p.bytes)),
         (Column("KL", "to the original, nats"), lambda p: _optional(p.kl, number)),
-        (Column("perplexity"), lambda p: Cell(number(p.perplexity, 4), p.perplexity)),
+        (Column("perplexity"), lambda p: _optional(p.perplexity, _four)),
         (Column("top-1", "agreement with the original"), lambda p: _optional(p.top1, percent)),
-        (Column("time"), lambda p: Cell(seconds(p.seconds), p.seconds)),
+        (Column("time"), lambda p: _optional(p.seconds, seconds)),
         (Column("where", kind="code"), lambda p: Cell(p.out or NONE)),
     ]
     return _table("Points", columns, points) if points else None

@@ -28,7 +28,7 @@ from layerwise.report._svg import (
     upright,
     wide,
 )
-from layerwise.report._words import finite, number, plural, round_number, round_size, size
+from layerwise.report._words import Number, finite, number, plural, round_number, round_size, size
 
 # Lines in one panel of error curves: more of them are no picture any more.
 _MOST_LINES = 64
@@ -68,7 +68,7 @@ def short(names: Sequence[str]) -> list[str]:
 # Bytes block by block
 
 
-def block_columns(rows: Sequence[LayerRow], *, width: float = 960) -> Markup:
+def block_columns(rows: Sequence[LayerRow], *, width: Number = 960) -> Markup:
     """A column per block: its bytes before, and on it those after, by role."""
     grouped, kinds = blocks(rows), list(roles(rows))
     most = max(sum(row.bytes_before for row in held) for held in grouped.values())
@@ -104,11 +104,11 @@ def block_columns(rows: Sequence[LayerRow], *, width: float = 960) -> Markup:
     )
 
 
-def _column(x: float, thick: float, top: float, bottom: float, colour: str) -> Markup:
+def _column(x: Number, thick: Number, top: Number, bottom: Number, colour: str) -> Markup:
     return tag("rect", x=x, y=top, width=thick, height=max(bottom - top, 0.5), class_=colour)
 
 
-def _block_names(names: Sequence[str], left: float, step: float, y: float) -> list[Markup]:
+def _block_names(names: Sequence[str], left: Number, step: Number, y: Number) -> list[Markup]:
     """The names of blocks under their columns, as many as there is room for."""
     shown = short(names)
     every = max(1, math.ceil((max(map(wide, shown)) + 8) / step))
@@ -161,7 +161,7 @@ def _curves(
     role: str,
     rows: Sequence[LayerRow],
     count: int,
-    errors: Sequence[float],
+    errors: Sequence[Number],
     ramp: Mapping[str, int],
 ) -> Panel:
     width, height, left, bottom = 340.0, 250.0, 56.0, 204.0
@@ -218,9 +218,9 @@ class Scale:
     """
 
     name: str
-    value: Callable[[LayerRow], float | None]
+    value: Callable[[LayerRow], Number | None]
     ramp: str
-    write: Callable[[float], str]
+    write: Callable[[Number], str]
 
 
 def heat_map(rows: Sequence[LayerRow], scale: Scale) -> Markup | None:
@@ -266,14 +266,14 @@ def heat_map(rows: Sequence[LayerRow], scale: Scale) -> Markup | None:
     )
 
 
-def _cells(rows: Sequence[LayerRow], scale: Scale) -> dict[tuple[str, str], tuple[float, str]]:
+def _cells(rows: Sequence[LayerRow], scale: Scale) -> dict[tuple[str, str], tuple[Number, str]]:
     """The figure of each block and role, and what it stands for."""
     grouped: dict[tuple[str, str], list[tuple[float, LayerRow]]] = {}
     for row in rows:
         value = scale.value(row)
         if value is not None and math.isfinite(value):
             grouped.setdefault((row.block, row.role or "layers"), []).append((value, row))
-    made: dict[tuple[str, str], tuple[float, str]] = {}
+    made: dict[tuple[str, str], tuple[Number, str]] = {}
     for place, held in grouped.items():
         weights = sum(row.rows * row.width for _, row in held)
         mean = sum(value * row.rows * row.width for value, row in held) / weights
@@ -283,7 +283,7 @@ def _cells(rows: Sequence[LayerRow], scale: Scale) -> dict[tuple[str, str], tupl
 
 
 def _cell(
-    found: tuple[float, str], heat: Axis | None, scale: Scale, box: Box, written: bool
+    found: tuple[Number, str], heat: Axis | None, scale: Scale, box: Box, written: bool
 ) -> Markup:
     value, told = found
     x, y, wide_, tall = box
@@ -307,7 +307,9 @@ def _cell(
     return tag("g", *parts)
 
 
-def _heads(names: Sequence[str], left: float, cell: float, y: float, slanted: bool) -> list[Markup]:
+def _heads(
+    names: Sequence[str], left: Number, cell: Number, y: Number, slanted: bool
+) -> list[Markup]:
     if not slanted:
         return _block_names_at(names, left, cell, y)
     drawn: list[Markup] = []
@@ -319,7 +321,7 @@ def _heads(names: Sequence[str], left: float, cell: float, y: float, slanted: bo
     return drawn
 
 
-def _block_names_at(names: Sequence[str], left: float, cell: float, y: float) -> list[Markup]:
+def _block_names_at(names: Sequence[str], left: Number, cell: Number, y: Number) -> list[Markup]:
     every = max(1, math.ceil((max(map(wide, names)) + 4) / cell))
     return [
         label(left + (place + 0.5) * cell, y, name, text_anchor="middle")
@@ -328,7 +330,7 @@ def _block_names_at(names: Sequence[str], left: float, cell: float, y: float) ->
     ]
 
 
-def _heat_legend(scale: Scale, low: float, high: float, x: float, y: float) -> Markup:
+def _heat_legend(scale: Scale, low: Number, high: Number, x: Number, y: Number) -> Markup:
     first, last = scale.write(low), scale.write(high)
     start = x + wide(first) + 8
     parts = [label(x, y + 10, first)]

@@ -27,10 +27,10 @@ from layerwise.report._svg import (
     upright,
     wide,
 )
-from layerwise.report._words import finite, number, plural, round_number, round_size, size
+from layerwise.report._words import Number, finite, number, plural, round_number, round_size, size
 
 
-def quality_strip(kl: float, floor: float | None, predicted: float | None) -> Markup | None:
+def quality_strip(kl: Number, floor: Number | None, predicted: Number | None) -> Markup | None:
     """KL divergences of one model on a line: the self-noise floor, the forecast, the measured.
 
     Returns:
@@ -73,14 +73,14 @@ class _Point:
     """A point of a sweep with its place, and how its method is drawn."""
 
     of: SweepPoint
-    quality: float
-    x: float
-    y: float
+    quality: Number
+    x: Number
+    y: Number
     shape: int
     colour: str
 
 
-def pareto(sweep: Sweep, *, width: float = 760) -> Markup:
+def pareto(sweep: Sweep, *, width: Number = 760) -> Markup:
     """The same, to stand in a page.
 
     Args:
@@ -130,7 +130,7 @@ def pareto(sweep: Sweep, *, width: float = 760) -> Markup:
     )
 
 
-def _quality(sweep: Sweep) -> tuple[str, Callable[[SweepPoint], float | None]]:
+def _quality(sweep: Sweep) -> tuple[str, Callable[[SweepPoint], Number | None]]:
     if any(finite(point.kl) for point in sweep.points):
         return "KL to the original, nats", lambda point: point.kl
     return "perplexity", lambda point: point.perplexity
@@ -157,17 +157,17 @@ def _floor(sweep: Sweep, name: str) -> tuple[str, float] | None:
     return ("self-noise floor", noise.kl) if noise and noise.kl is not None else None
 
 
-def _near(floor: tuple[str, float] | None, values: Iterable[float]) -> list[float]:
+def _near(floor: tuple[str, float] | None, values: Iterable[Number]) -> list[Number]:
     """The floor, if it is so near that the points still have most of the picture."""
     held = sorted(values)
-    if floor is None or floor[1] <= 0 or held[0] <= 0:
+    if floor is None or not finite(floor[1]) or min(floor[1], held[0]) <= 0:
         return []
     below, spread = math.log(held[0] / floor[1]), math.log(held[-1] / held[0])
     return [floor[1]] if below < max(spread / 2, 1.0) else []
 
 
 def _floor_line(
-    floor: tuple[str, float], y: Axis, left: float, right: float, taken: list[Box]
+    floor: tuple[str, float], y: Axis, left: Number, right: Number, taken: list[Box]
 ) -> list[Markup]:
     words = f"{floor[0]} {number(floor[1])}"
     if y.low <= floor[1] <= y.high:
@@ -235,7 +235,7 @@ def _labels(points: Sequence[_Point], room: Box, taken: list[Box]) -> list[Marku
 
 def _room_beside(
     point: _Point, words: str, room: Box, taken: Sequence[Box]
-) -> tuple[Box, tuple[float, float], str] | None:
+) -> tuple[Box, tuple[Number, Number], str] | None:
     """Where a label meets nothing: its box, its place and how it is anchored."""
     long = wide(words, 11)
     for dx, dy, anchor in (
