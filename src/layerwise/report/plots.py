@@ -29,6 +29,8 @@ from layerwise.report._svg import (
 )
 from layerwise.report._words import Number, finite, number, plural, round_number, round_size, size
 
+_MARGIN = 14  # pixels around a picture that is a file of its own
+
 
 def quality_strip(kl: Number, floor: Number | None, predicted: Number | None) -> Markup | None:
     """KL divergences of one model on a line: the self-noise floor, the forecast, the measured.
@@ -261,12 +263,14 @@ def _front_mark() -> Markup:
 
 
 def _alone(picture: Markup) -> str:
-    """The same picture as a file of its own, with its colours and a ground to stand on."""
-    box = picture.partition('viewBox="')[2].partition('"')[0].split()
-    ground = tag("rect", width="100%", height="100%", class_="fill-card")
-    head, _, rest = str(picture).partition("</desc>")
-    opened = head.replace(
-        "<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{box[2]}" height="{box[3]}" ', 1
-    )
-    body = f"{ground}{rest}"
-    return f"{opened}</desc><style>{style(used_in=body)}</style>{body}\n"
+    """The same picture as a file of its own: with its colours, on a ground, with a margin."""
+    head, _, body = str(picture).partition("</desc>")
+    drawn, _, rest = head.partition('viewBox="')
+    box, _, told = rest.partition('"')
+    width, height = (float(side) + 2 * _MARGIN for side in box.split()[2:])
+    ground = tag("rect", x=-_MARGIN, y=-_MARGIN, width=width, height=height, class_="fill-card")
+    content = f"{ground}{body}"
+    sides = f'width="{width:g}" height="{height:g}"'
+    seen = f'viewBox="-{_MARGIN} -{_MARGIN} {width:g} {height:g}"'
+    opened = drawn.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" {sides} ', 1)
+    return f"{opened}{seen}{told}</desc><style>{style(used_in=content)}</style>{content}\n"
