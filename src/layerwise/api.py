@@ -359,7 +359,7 @@ def sweep(
             ray=ray,
             recipe=recipe or {},
         )
-        publish(found, target, {})
+        publish(found, target)
     return found
 
 

@@ -17,6 +17,7 @@ COMMANDS = (
     "compress",
     "evaluate",
     "run",
+    "report",
     "methods",
     "show",
     "check",

@@ -17,6 +17,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import bytes_of, check_types, read_yaml
+from layerwise.flow import reporting
 from layerwise.flow.wish import Wish
 
 # The measure that is also found at several widths at once.
@@ -142,6 +143,8 @@ def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Repor
         done = lw.compress(**arguments, restart=restart, progress=bars, recipe=recipe)
     console().print(report.layer_table(done))
     console().print(report.summary(done))
+    page = os.path.join(arguments["out"], "report.html")
+    console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
     return done
 
 
@@ -184,6 +187,8 @@ def _swept(arguments: Mapping[str, Any]) -> Sweep:
     with Bars() as bars:
         found = lw.sweep(**arguments, progress=bars, recipe={"sweep": _recorded(arguments)})
     console().print(report.sweep_table(found))
+    page = os.path.join(arguments["out"], "sweep.html")
+    console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
     return found
 
 
@@ -231,6 +236,15 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             answers.append(seen.as_json())
     if chosen.json:
         _print_json(answers)
+    return 0
+
+
+def render(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise report`."""
+    page = reporting.render(chosen.place, chosen.output)
+    console().print(f"wrote {page}", markup=False, soft_wrap=True)
+    if chosen.json:
+        _print_json({"page": str(page)})
     return 0
 
 

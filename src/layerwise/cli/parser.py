@@ -38,16 +38,8 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        _inspect,
-        _plan,
-        _compress,
-        _sweep,
-        _evaluate,
-        _run,
-        _methods,
-        _show,
-        _check,
-        _claims,
+        *(_inspect, _plan, _compress, _sweep, _evaluate, _run, _report),
+        *(_methods, _show, _check, _claims),
     ):
         add(commands, arguments)
     return parser
@@ -220,6 +212,24 @@ def _run(commands: Any, arguments: Sequence[str]) -> None:
     )
     made.add_argument("recipe", metavar="RECIPE", help="YAML file")
     made.add_argument("-o", "--output", metavar="OUT", help="directory to make instead of its own")
+
+
+def _report(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "report",
+        "draw the page of a finished run or sweep again, as one HTML file",
+        "layerwise report small -o small.html",
+        "layerwise report old/report.json",
+    )
+    made.add_argument(
+        "place", metavar="PATH", help="a run's or sweep's directory, or its JSON file"
+    )
+    made.add_argument(
+        "-o", "--output", metavar="FILE", help="page to write (beside the JSON file, of its name)"
+    )
+    # `report` is already the name of the room that draws it.
+    made.set_defaults(command="render")
 
 
 def _methods(commands: Any, arguments: Sequence[str]) -> None:

@@ -99,7 +99,8 @@ def _rebuilt(kind: Any, value: Any, where: str) -> Any:
     if origin is Sequence and isinstance(value, list | tuple):
         return tuple(_rebuilt(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return kind(**_parts(kind, value, where))
+        made: Any = kind
+        return made(**_parts(kind, value, where))
     if not fits(value, kind):
         raise UserError(
             f"{where} is {value!r}, not {described(kind)}.", "Give a file as layerwise wrote it."

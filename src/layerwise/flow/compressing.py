@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from layerwise import export
 from layerwise.core import memory
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
-from layerwise.core.checkpoint import ModuleSource, open_checkpoint, open_source
+from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
+from layerwise.core.environment import environment
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -41,6 +43,7 @@ from layerwise.flow.preparing import (
 )
 from layerwise.flow.proving import predicted
 from layerwise.flow.wish import Wish
+from layerwise.report.html import html
 
 PROOF_WINDOWS = 8
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
@@ -80,7 +83,7 @@ def compress(
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
-        recipe: How this run was asked for; written beside the output.
+        recipe: How this run was asked for; written beside the output and into the report.
 
     Raises:
         UserError: The output was not made.
@@ -143,10 +146,33 @@ def compress(
             noise_floor=compared[1] if len(compared) > 1 else None,
             notes=[*planned.notes, *_notes(prepared, ready), *cache.notes],
             prediction=prediction,
+            environment=environment(str(prepared.runner.device) if prepared.runner else "cpu"),
+            recipe=recipe or {"compress": _asked(source, out, wish, texts, plan)},
         )
-        staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
+        told = json.dumps(report.as_json(), indent=2) + "\n"
+        staging.add({"report.json": told.encode(), "report.html": html(report).encode()})
         staging.publish()
     return report
+
+
+def _asked(
+    source: Source, out: str | Path, wish: Wish, texts: Texts, plan: Path | Plan | None
+) -> dict[str, Any]:
+    """How a run without a recipe was asked for: what is not as it would be anyway."""
+    usual, wished = (
+        asdict(one)
+        | {"samples": text.samples, "length": text.length, "text_samples": text.heldout_samples}
+        for one, text in ((Wish(), Texts()), (wish, texts))
+    )
+    wished = {name: value for name, value in wished.items() if value != usual[name]}
+    # A text can be a tensor or a long list; what it was is enough.
+    named = {
+        name: str(text) if isinstance(text, str | Path) else f"a {type(text).__name__}"
+        for name, text in (("calibration", texts.calibration), ("text", texts.heldout))
+        if text is not None
+    }
+    planned = {} if plan is None else {"plan": str(plan) if isinstance(plan, Path) else "a Plan"}
+    return {"model": source.label, "out": str(out), **planned, **wished, **named}
 
 
 def _average_bits(rows: Sequence[LayerRow]) -> float:

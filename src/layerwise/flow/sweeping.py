@@ -39,11 +39,12 @@ from layerwise.flow.identity import candidates_of, sweep_identity
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Prepared, Texts, check, prepare
 from layerwise.flow.probing import Probe
+from layerwise.flow.reporting import SWEEP
 from layerwise.flow.survey import for_layer, survey
 from layerwise.flow.wish import Wish
+from layerwise.report import html, pareto_svg
 
 POINTS = "points.jsonl"
-SWEEP = "sweep.json"
 _PLANS = "plans"
 
 
@@ -227,14 +228,15 @@ def _found(
     return (find(setting, prepared, point) for point in points)
 
 
-def publish(result: Sweep, out: Path, files: Mapping[str, bytes]) -> None:
+def publish(result: Sweep, out: Path) -> None:
     """Let a sweep's directory appear under its name, whole."""
     folder = partial_folder(out)
     told = {
         SWEEP: (json.dumps(result.as_json(), indent=2) + "\n").encode(),
         "sweep.csv": as_csv(result).encode(),
+        "sweep.svg": pareto_svg(result).encode(),
+        "sweep.html": html(result).encode(),
         "recipe.yaml": yaml.safe_dump(dict(result.recipe), sort_keys=False).encode(),
-        **files,
     }
     for name, content in told.items():
         (folder / name).write_bytes(content)

@@ -1,7 +1,9 @@
-"""What people read: tables for the terminal, pages for the docs."""
+"""What people read: tables for the terminal, pages for the docs, a report and its pictures."""
 
 from layerwise.report.figures import evaluation
+from layerwise.report.html import html
 from layerwise.report.pages import page
+from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
     claims_table,
     forecast_line,
@@ -18,9 +20,11 @@ __all__ = [
     "claims_table",
     "evaluation",
     "forecast_line",
+    "html",
     "layer_table",
     "methods_table",
     "page",
+    "pareto_svg",
     "plan_table",
     "structure_json",
     "structure_table",
