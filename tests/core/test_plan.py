@@ -188,7 +188,7 @@ def test_a_plan_that_is_carried_out_does_what_its_wish_does(llama, found, text, 
     file = Path(tmp_path / "plan.yaml")
     file.write_text(to_yaml(plan, str(llama), found))
     planned = lw.compress(llama, tmp_path / "planned", plan=file, **texts, proof="none")
-    # A plan of methods that need nothing does not look at the text again: its errors are of weights.
+    # Methods that need nothing do not look at the text again: their errors are of weights.
     told = {"why": "", "error": 0.0}
     rows = [{row.layer: replace(row, **told) for row in one.layers} for one in (direct, planned)]
     assert rows[0] == rows[1]

@@ -37,7 +37,18 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for add in (_inspect, _plan, _compress, _evaluate, _run, _methods, _show, _check, _claims):
+    for add in (
+        _inspect,
+        _plan,
+        _compress,
+        _sweep,
+        _evaluate,
+        _run,
+        _methods,
+        _show,
+        _check,
+        _claims,
+    ):
         add(commands, arguments)
     return parser
 
@@ -72,6 +83,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
     )
     _grid(made)
+    _method(made)
     _calibration(made)
     _machine(made)
 
@@ -110,6 +122,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _calibration(made)
     proof = made.add_argument_group("proof")
     _proof_text(proof)
+    _noise_floor(proof)
     proof.add_argument(
         "--proof",
         choices=("auto", "logits", "none"),
@@ -127,19 +140,73 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _machine(made)
 
 
+def _sweep(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "sweep",
+        "try methods and budgets on one calibration; a table, the Pareto front, a plan for each",
+        "layerwise sweep builtin:tiny --methods rtn,gptq --budgets 2.5,3,4 -o tried",
+        "layerwise sweep MODEL --methods rtn,gptq,awq --budgets 2,2.5,3,4 --uniform -o tried \\",
+        "    --calibration text.txt --allow density=1,0.5 --format layerwise --processes 2",
+        "layerwise compress MODEL --plan tried/plans/gptq-3bits.yaml --calibration text.txt -o OUT",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to make")
+    made.add_argument("--methods", required=True, metavar="NAMES", help="quantizers")
+    made.add_argument(
+        "--budgets", default="", metavar="SIZES", help="as compress takes them; numbers are bits"
+    )
+    made.add_argument("--uniform", action="store_true", help="add each width for all layers alike")
+    how = made.add_argument_group("what every point may do")
+    _grid(how)
+    _levels(how)
+    _calibration(made)
+    _proof_text(made.add_argument_group("text to compare on"))
+    where = made.add_argument_group("where points are found")
+    where.add_argument("--processes", type=int, default=1, help="of this machine (1)")
+    where.add_argument(
+        "--ray", default="", metavar="ADDRESS", help="a Ray cluster; auto starts one if none is"
+    )
+    _cache(made)
+    _machine(made)
+
+
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "evaluate",
-        "perplexity on a text, and divergence from the original",
+        "how good a model is: on text, tasks, images; and how far from the original",
         "layerwise evaluate small --against builtin:tiny",
         "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
+        "layerwise evaluate MODEL --tasks arc_easy,hellaswag --limit 100 --against BASE",
+        "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--against", metavar="BASE", help="the model it was made from")
-    made.add_argument("--text", metavar="TEXT", default="builtin", help=f"{TEXT_HELP} (builtin)")
-    made.add_argument("--samples", type=int, default=128, help="windows (128)")
-    made.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    text = made.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        metavar="TEXT",
+        help=f"{TEXT_HELP} (builtin, unless tasks or images are asked for)",
+    )
+    text.add_argument("--samples", type=int, default=128, help="windows (128)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    _noise_floor(text)
+    tasks = made.add_argument_group("tasks, with the extra `tasks`")
+    tasks.add_argument("--tasks", default="", metavar="NAMES", help="of lm-eval, comma separated")
+    tasks.add_argument("--limit", type=int, help="first items of each task (all)")
+    tasks.add_argument("--num-fewshot", type=int, help="solved examples before each (the task's)")
+    tasks.add_argument("--batch-size", type=int, default=8, help="items at once (8)")
+    tasks.add_argument("--include-path", metavar="DIR", help="YAML files of more tasks")
+    tasks.add_argument(
+        "--no-cache", action="store_true", help="take no results of earlier runs, and keep none"
+    )
+    images = made.add_argument_group("images, with the extra `images`")
+    images.add_argument(
+        "--images", metavar="IMAGES", help=".npz file with x and y, or a folder of class folders"
+    )
+    images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
+    images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
@@ -207,7 +274,6 @@ def _grid(parser: Any) -> None:
         default=None,
         help="store no zero points (as the format has it; with them if it may)",
     )
-    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
 
 
 def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -226,6 +292,20 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="NATS",
         help="the smallest model whose KL on the text it is compared on is not above this",
     )
+    _grid(how)
+    _method(how)
+    _levels(how)
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
+
+
+def _method(parser: Any) -> None:
+    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _levels(how: Any) -> None:
     how.add_argument(
         "--allow",
         action="append",
@@ -249,7 +329,6 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="what calibration shows methods: the original model's activations, or those after "
         "earlier blocks were transformed (original for a budget, transformed otherwise)",
     )
-    _grid(how)
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
@@ -265,7 +344,7 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         "--format",
         default="",
         metavar="NAME",
-        help="dense, compressed-tensors, gptq or layerwise (dense, or what --server loads)",
+        help="dense, compressed-tensors, gguf, gptq or layerwise (dense, or what --server loads)",
     )
     how.add_argument(
         "--server",
@@ -273,10 +352,15 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="NAME",
         help="what is to load it: vllm, transformers or llama.cpp; its rules are checked first",
     )
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
+
+
+def _noise_floor(parser: Any) -> None:
+    parser.add_argument(
+        "--noise-floor",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the original in bfloat16 with itself: what a KL is to be measured against",
+    )
 
 
 def _calibration(parser: argparse.ArgumentParser) -> None:

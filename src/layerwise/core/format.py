@@ -60,7 +60,7 @@ class Format(ABC):
     def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
         """Bytes that a layer takes; in a format that packs nothing, what its codes would take."""
         if not plan.steps:
-            return layer.count * info.dtype.itemsize
+            return layer.count * (self.rest(info) or info).dtype.itemsize
         return sum(made.size for made in self.tensors(layer, plan, info))
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
@@ -71,13 +71,26 @@ class Format(ABC):
         """Whether a layer under this plan must be encoded in one piece."""
         return False
 
-    def rest(self, info: TensorInfo) -> TensorInfo:
-        """How a tensor that is no layer, or that a plan leaves, is stored."""
+    def together(self, info: TensorInfo) -> int:
+        """Rows of a tensor that must be encoded together: its slices hold a multiple of them."""
+        return 1
+
+    def rest(self, info: TensorInfo) -> TensorInfo | None:
+        """How a tensor that is no layer, or that a plan leaves, is stored; None if it is not."""
         return info
 
     def encode_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
         """Rows of such a tensor (all of one without axes) as they are stored."""
         return rows
+
+    def restored_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
+        """What a loader will hold of those rows."""
+        return rows
+
+    def rest_size(self, info: TensorInfo) -> int:
+        """Bytes that such a tensor takes."""
+        stored = self.rest(info)
+        return 0 if stored is None else stored.size
 
     def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
         """Files with room for all tensors."""

@@ -138,7 +138,9 @@ def _padded(inputs: Tensor, padding: str, weight: Tensor, dilation: Sequence[int
 
 
 class Runner:
-    """A model that runs from a `Source`, one block in memory at a time, in float32.
+    """A model that runs from a `Source`, one block in memory at a time.
+
+    It computes in float32, or what `start` is told.
 
     Args:
         source: Where weights come from.
@@ -176,7 +178,7 @@ class Runner:
         lists = all(isinstance(self.model.get_submodule(p), nn.ModuleList) for p in parents)
         apart = len(parents) == 1 and "" not in found.blocks and lists and bool(source.config)
         self.blocks = found.blocks if apart else [""]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: dict[torch.dtype, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     @property
@@ -184,13 +186,24 @@ class Runner:
         """The model runs as one block."""
         return self.blocks == [""]
 
-    def start(self, ids: Tensor) -> Float[Tensor, "..."]:
-        """What the first block sees of some windows: the embeddings run once, here."""
+    def start(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """What the first block sees of some windows: the embeddings run once, here.
+
+        Args:
+            ids: The windows.
+            dtype: What is computed in, here and wherever these activations are carried.
+            changed: Tensors of the source, by name, that are to be used instead.
+        """
         if self.whole:
             return ids
-        outer = self._parameters("", skip_blocks=True)
-        if not self._calls:
-            self._capture(outer, ids[:1])
+        outer = self._parameters("", dtype, skip_blocks=True, changed=changed)
+        if dtype not in self._calls:
+            self._capture(outer, _cast(ids[:1], dtype), dtype)
         seen: list[Tensor] = []
 
         def stop(hidden: Tensor, *_: Any, **__: Any) -> None:
@@ -200,7 +213,7 @@ class Runner:
         with self._stand_ins([stop] * len(self.blocks)), torch.no_grad():
             for batch in ids.split(self.batch(ids)):
                 with contextlib.suppress(_Stop):
-                    self._call_model(outer, batch)
+                    self._call_model(outer, _cast(batch, dtype))
         return torch.cat(seen)
 
     def forward(
@@ -218,9 +231,10 @@ class Runner:
             changed: Tensors of the source, by name, that are to be used instead.
             collectors: What is to see the inputs of layers, by the layer's name.
         """
-        parameters = self._parameters(block, changed=changed)
+        dtype = hidden.dtype if block else torch.float32
+        parameters = self._parameters(block, dtype, changed=changed)
         watched = self._watched(parameters, block, collectors or {})
-        module, args, kwargs = self._called(block)
+        module, args, kwargs = self._called(block, dtype)
         outputs: list[Tensor] = []
         with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
             for batch in hidden.split(self.batch(hidden)):
@@ -288,7 +302,7 @@ class Runner:
         if self.whole:
             yield from hidden.split(self.batch(ids))
             return
-        outer = self._parameters("", skip_blocks=True, changed=changed)
+        outer = self._parameters("", hidden.dtype, skip_blocks=True, changed=changed)
         size = self.batch(ids)
         for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
             # A generator that is left half-way must not hold the caller's grad mode: the answer
@@ -308,7 +322,7 @@ class Runner:
             return self._wrap(hidden)
 
         with self._stand_ins([give, *[pass_on] * (len(self.blocks) - 1)]):
-            return _first(self._call_model(outer, ids))
+            return _first(self._call_model(outer, _cast(ids, hidden.dtype)))
 
     def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         """What the whole model, with these tensors for its own, answers to some windows."""
@@ -324,7 +338,7 @@ class Runner:
         options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}
         return functional_call(self.model, outer, (ids.to(self.device),), options)
 
-    def _capture(self, outer: dict[str, Tensor], ids: Tensor) -> None:
+    def _capture(self, outer: dict[str, Tensor], ids: Tensor, dtype: torch.dtype) -> None:
         """Learn what each block is called with, from one window, and how the first one answers."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -333,7 +347,7 @@ class Runner:
             if len(calls) == 1:
                 module = self._block_module
                 outcome = functional_call(
-                    module, self._parameters(self.blocks[0]), (hidden, *args), kwargs
+                    module, self._parameters(self.blocks[0], dtype), (hidden, *args), kwargs
                 )
                 if isinstance(outcome, tuple):
                     rest = outcome[1:]
@@ -343,7 +357,7 @@ class Runner:
         self._block_module = self.model.get_submodule(self._module_path(self.blocks[0]))
         with self._stand_ins([record] * len(self.blocks)), torch.no_grad():
             self._call_model(outer, ids)
-        self._calls = calls
+        self._calls[dtype] = calls
 
     @contextlib.contextmanager
     def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Generator[None]:
@@ -368,9 +382,14 @@ class Runner:
         return self._names.blocks[block] if block else ""
 
     def _parameters(
-        self, block: str, *, skip_blocks: bool = False, changed: Mapping[str, Tensor] | None = None
+        self,
+        block: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        skip_blocks: bool = False,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The parameters of a block by their names inside it, read and in float32."""
+        """The parameters of a block by their names inside it, read and in `dtype`."""
         changed = changed or {}
         path = self._module_path(block)
         inside = f"{path}." if path else ""
@@ -382,14 +401,16 @@ class Runner:
             read = [changed[name] if name in changed else self.source.read(name) for name in parts]
             value = read[0] if len(read) == 1 else self._names.joined(parameter, read)
             if value.is_floating_point():
-                value = value.float()
+                value = value.to(dtype)
             made[parameter.removeprefix(inside)] = value.to(self.device)
         return made
 
-    def _called(self, block: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        """A block's module, and what it is called with after its activations."""
+    def _called(
+        self, block: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """A block's module, and what it is called with after activations of this dtype."""
         module = self.model.get_submodule(self._module_path(block)) if block else self.model
-        args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
+        args, kwargs = self._calls[dtype][self.blocks.index(block)] if block else ((), {})
         return module, args, kwargs
 
     def _watched(
@@ -598,6 +619,11 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
         for layer in found.layers.values()
         if layer.tensor in by_tensor
     }
+
+
+def _cast(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures as a model that computes in `dtype` takes them; token ids stay as they are."""
+    return given.to(dtype) if given.is_floating_point() else given
 
 
 def _first(outcome: Any) -> Tensor:

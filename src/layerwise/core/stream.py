@@ -5,6 +5,7 @@ methods treat rows apart, and the whole layer where they do not.
 """
 
 import contextlib
+import math
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
@@ -70,23 +71,28 @@ def _step(
         if any(plan.layers[layer.name].steps for layer in layers):
             rows += _transform_tensor(source, info, layers, plan, format, staging)
         else:
-            rows += [LayerRow.untouched(layer, info) for layer in layers]
+            for layer in layers:
+                plan_of = plan.layers[layer.name]
+                rows.append(LayerRow.untouched(layer, info, format.size(layer, plan_of, info)))
             copy_tensor(source, info, format, staging)
     staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
     return rows
 
 
 def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Staging) -> None:
-    """Write a tensor that no plan changes, in slices.
+    """Write a tensor that no plan changes, in slices, unless the format has no use for it.
 
     Raises:
         UserError: It holds NaN or infinity.
     """
-    stored = format.rest(info).name
+    kept = format.rest(info)
+    if kept is None:
+        return
+    stored = kept.name
     if not info.shape or not info.count:
         staging.write(stored, format.encode_rest(info, source.read(info.name)))
         return
-    rows = max(1, _COPY_BYTES * info.shape[0] // info.size)
+    rows = _multiple(_COPY_BYTES * info.shape[0] // info.size, format.together(info))
     for start in range(0, info.shape[0], rows):
         part = source.read(info.name, start, start + rows)
         if part.is_floating_point() and info.dtype.itemsize > 1:
@@ -119,7 +125,7 @@ def _transform_tensor(
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        at_once = _rows_at_once(layer, layer_plan, format)
+        at_once = _rows_at_once(layer, layer_plan, format, info)
         with _threads(1) if at_once < layer.rows else contextlib.nullcontext():
             for weight in matrix.split(at_once):
                 wide = weight.to(torch.float32, copy=True)
@@ -173,9 +179,13 @@ def write_layer(
         staging.write(name, tensor)
 
 
-def _rows_at_once(layer: Layer, plan: LayerPlan, format: Format) -> int:
+def _rows_at_once(layer: Layer, plan: LayerPlan, format: Format, info: TensorInfo) -> int:
     """Rows of a slice; all of them where a method or the format needs them together."""
     apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
     if not apart or layer.layout == "conv1d" or format.whole(plan):
         return layer.rows
-    return max(ROW_STEP, SLICE_ENTRIES // layer.width // ROW_STEP * ROW_STEP)
+    return _multiple(SLICE_ENTRIES // layer.width, math.lcm(ROW_STEP, format.together(info)))
+
+
+def _multiple(wanted: int, of: int) -> int:
+    return max(of, wanted // of * of)

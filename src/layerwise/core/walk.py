@@ -1,12 +1,12 @@
 """Calibrated work: one block at a time, its evidence from blocks that are transformed already.
 
-Three activations are carried from block to block: the calibration text through the transformed
-model, and the held-out text through both the original and the transformed one, which is the
-proof.  They are all that a stopped run needs to go on.
+Up to four activations are carried from block to block: the calibration text through the
+transformed model, and the held-out text through the transformed one, the original, and the original
+in bfloat16, which are the proof.  They are all that a stopped run needs to go on.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ from layerwise.core.stream import copy_tensor, write_layer
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
+HELDOUT_FLOOR = "heldout_floor"
+# What most models are trained and served in: what it changes is noise that nobody minds.
+FLOOR_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Walked:
         rows: One per layer.
         heldout: Activations of the held-out text after the last transformed block.
         heldout_before: The same through the original blocks.
+        heldout_floor: The same through the original blocks in bfloat16; None if not asked for.
     """
 
     rows: list[LayerRow]
     heldout: Tensor
     heldout_before: Tensor
+    heldout_floor: Tensor | None
 
 
 def walk(
@@ -54,6 +59,7 @@ def walk(
     *,
     calibration: Tensor | None,
     heldout: Tensor,
+    noise_floor: bool = False,
     candidates: Candidates | None = None,
 ) -> Walked:
     """Transform a model block by block and write it.
@@ -67,14 +73,15 @@ def walk(
         progress: Is told of each block.
         calibration: Token ids, (windows, length); None if no method reads evidence of it.
         heldout: Token ids, (windows, length), for the proof.
+        noise_floor: Carry the held-out text through the original in bfloat16 too.
         candidates: Has layers that were made before, if the plan is of what they see in the
             original model; takes those that are made now.
     """
     source = runner.source
     words = calibrated_words(plan.methods())
-    in_block, outside = _by_block(source, found, runner)
+    in_block, outside = _by_block(runner)
     progress.stage("transform", len(runner.blocks))
-    started = {HELDOUT: heldout, HELDOUT_BEFORE: heldout}
+    started = {HELDOUT: heldout}
     original = None
     if plan.inputs == "original":
         original = _Original(runner, calibration)
@@ -84,8 +91,14 @@ def walk(
     states = staging.state() if finished else None
     if states is not None:
         runner.start(heldout[:1])  # one window shows what blocks are called with
+        if noise_floor:
+            runner.start(heldout[:1], FLOOR_DTYPE)
     else:
-        states = {name: runner.start(ids) for name, ids in started.items()}
+        around = restored_outside(runner, format)
+        states = {name: runner.start(ids, changed=around) for name, ids in started.items()}
+        states[HELDOUT_BEFORE] = runner.start(heldout) if around else states[HELDOUT]
+        if noise_floor:
+            states[HELDOUT_FLOOR] = runner.start(heldout, FLOOR_DTYPE)
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
@@ -110,7 +123,7 @@ def walk(
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
         staging.finish_step("outside", {}, states)
-    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
+    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], states.get(HELDOUT_FLOOR))
 
 
 @dataclass
@@ -161,21 +174,40 @@ def _carry_and_write(
 ) -> list[LayerRow]:
     """Carry the activations through a transformed block, and write it."""
     done, folded = transformed
-    changed = _changed(runner.source, format, done, folded)
+    carried_over = _carried_over(runner.source, done, folded)
+    layered = {result.layer.tensor for result in done.values()}
+    untouched = [name for name in names if name not in layered and name not in carried_over]
+    changed = _restored_rest(runner.source, format, untouched)
+    changed |= _changed(runner.source, format, done, carried_over)
     for name, hidden in list(states.items()):
-        carried = {} if name == HELDOUT_BEFORE else changed
+        carried = {} if name in (HELDOUT_BEFORE, HELDOUT_FLOOR) else changed
         states[name] = runner.forward(block, hidden, carried)
-    return _write_block(runner.source, names, done, folded, format, staging)
+    return _write_block(runner.source, untouched, done, carried_over, format, staging)
 
 
 def _step(block: str) -> str:
     return block or "model"
 
 
-def _by_block(
-    source: Source, found: Structure, runner: Runner
-) -> tuple[dict[str, list[str]], list[str]]:
+def restored_outside(runner: Runner, format: Format) -> dict[str, Tensor]:
+    """The tensors of no block that a loader of the output will see otherwise than they are."""
+    source = runner.source
+    return _restored_rest(source, format, _by_block(runner)[1])
+
+
+def _restored_rest(source: Source, format: Format, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a loader holds of tensors no plan touches, unless they are stored as they are."""
+    infos = [source.tensors[name] for name in names]
+    return {
+        info.name: format.restored_rest(info, source.read(info.name))
+        for info in infos
+        if format.rest(info) != info
+    }
+
+
+def _by_block(runner: Runner) -> tuple[dict[str, list[str]], list[str]]:
     """The tensors of each block, and those of none."""
+    source = runner.source
     inside: dict[str, list[str]] = {block: [] for block in runner.blocks}
     outside: list[str] = []
     for name in source.tensors:
@@ -285,14 +317,17 @@ def _changed(
     source: Source,
     format: Format,
     done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
+    carried_over: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The block's new tensors as a loader of the output will see them."""
-    changed: dict[str, Tensor] = {
-        name: value.to(source.tensors[name].dtype).float() for name, value in folded.items()
+    changed = {
+        name: format.restored_rest(source.tensors[name], value).float()
+        for name, value in carried_over.items()
     }
     for result in done.values():
         layer, info = result.layer, source.tensors[result.layer.tensor]
+        if info.name in carried_over:
+            continue
         matrix = format.restored(result, info.dtype)
         if layer.expert is None:
             changed[info.name] = layer.store(matrix, info.shape)
@@ -302,26 +337,40 @@ def _changed(
     return changed
 
 
+def _carried_over(
+    source: Source, done: Mapping[str, Transformed], folded: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors that stay what they were, in the checkpoint's dtype, with what was folded into them.
+
+    The weights of layers that no step was done to are among them.
+    """
+    values = dict(folded)
+    for result in done.values():
+        layer = result.layer
+        if not result.plan.steps and layer.expert is None:
+            values[layer.tensor] = layer.store(result.weight, source.tensors[layer.tensor].shape)
+    return {name: value.to(source.tensors[name].dtype) for name, value in values.items()}
+
+
 def _write_block(
     source: Source,
-    names: Sequence[str],
+    untouched: Sequence[str],
     done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
+    carried_over: Mapping[str, Tensor],
     format: Format,
     staging: Staging,
 ) -> list[LayerRow]:
     rows: list[LayerRow] = []
-    layered = {result.layer.tensor for result in done.values()}
-    for name in names:
-        if name in folded:
-            info = source.tensors[name]
-            stored = format.encode_rest(info, folded[name].to(info.dtype))
-            staging.write(format.rest(info).name, stored)
-        elif name not in layered:
-            copy_tensor(source, source.tensors[name], format, staging)
+    for name in untouched:
+        copy_tensor(source, source.tensors[name], format, staging)
+    for name, value in carried_over.items():
+        info = source.tensors[name]
+        if (stored := format.rest(info)) is not None:
+            staging.write(stored.name, format.encode_rest(info, value))
     for result in done.values():
         info = source.tensors[result.layer.tensor]
-        write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
+        if info.name not in carried_over:
+            write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
         density = 1.0 if result.kept is None else float(result.kept.float().mean())
         rows.append(
             LayerRow.of(

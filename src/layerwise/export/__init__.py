@@ -8,12 +8,14 @@ from layerwise.core.format import Format
 from layerwise.export._adapter import CONFIG as ADAPTER_CONFIG
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
+from layerwise.export.gguf import Gguf
 from layerwise.export.gptq import Gptq
 from layerwise.export.layerwise import Layerwise
 
 FORMATS: Mapping[str, type[Format]] = {
     "dense": Dense,
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
     "gptq": Gptq,
     "layerwise": Layerwise,
 }

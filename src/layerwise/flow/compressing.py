@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
-from layerwise.core.walk import Walked, walk
-from layerwise.flow.evaluating import answers, compare, load, loader_of
+from layerwise.core.walk import Walked, restored_outside, walk
+from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
+from layerwise.flow.loading import answers, load, loader_of
 from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     Prepared,
@@ -113,13 +114,13 @@ def compress(
     working = time.perf_counter()
     staging = stage(target, arrangement, run_identity(prepared, ready), restart=restart)
     with staging:
-        rows, comparison, answered = _transform(
+        rows, compared, answered = _transform(
             prepared, ready, format, staging, candidates, progress
         )
         prediction = None
-        if layer_windows and comparison and planned.curves:
+        if layer_windows and compared and planned.curves:
             rows, prediction = predicted(
-                prepared, planned, rows, comparison, candidates, layer_windows, progress
+                prepared, planned, rows, compared[0], candidates, layer_windows, progress
             )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
         proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
@@ -132,13 +133,14 @@ def compress(
             bytes_before=source.size,
             bytes_after=arrangement.size,
             average_bits=_average_bits(rows),
-            comparison=comparison,
+            comparison=compared[0] if compared else None,
             proof=proved,
             seconds=time.perf_counter() - begun,
             work_seconds=time.perf_counter() - working,
             cpu_seconds=memory.cpu_seconds() - used,
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
+            noise_floor=compared[1] if len(compared) > 1 else None,
             notes=[*planned.notes, *_notes(prepared, ready), *cache.notes],
             prediction=prediction,
         )
@@ -159,12 +161,15 @@ def _transform(
     staging: Staging,
     candidates: Candidates,
     progress: Progress,
-) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
-    """Write the tensors; the comparison and the logits of the proof, if the model was run."""
+) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None]:
+    """Write the tensors; if the model was run, compare it, and give the logits of the proof.
+
+    The first comparison is of the result, the second of the original in bfloat16.
+    """
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
         rows = stream(prepared.source, prepared.found, plan, format, staging, progress)
-        return rows, None, None
+        return rows, (), None
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
     carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
@@ -177,27 +182,27 @@ def _transform(
         progress,
         calibration=calibration.ids if calibration else None,
         heldout=carried,
+        noise_floor=prepared.noise_floor,
         candidates=candidates,
     )
     if heldout is None:
-        return walked.rows, None, None
-    first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
-    if runner.whole:
-        return walked.rows, None, first
-    return walked.rows, _compare(runner, walked, heldout), first
+        return walked.rows, (), None
+    around = restored_outside(runner, format)
+    shown = slice(PROOF_WINDOWS)
+    first = torch.cat(list(runner.logits(walked.heldout[shown], heldout.ids[shown], around)))
+    # Only a text is compared here: what else a model answers is proven, and no more.
+    if runner.whole or first.dim() != 3:
+        return walked.rows, (), first
+    return walked.rows, _compare(runner, walked, heldout, around), first
 
 
-def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
-    return compare(
-        heldout.ids,
-        runner.logits(walked.heldout, heldout.ids, {}),
-        runner.logits(walked.heldout_before, heldout.ids, {}),
-        heldout.label,
-    )
-
-
-def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:
-    return runner.logits(hidden[:count], ids[:count], {})
+def _compare(
+    runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
+) -> list[Comparison]:
+    results = [runner.logits(walked.heldout, heldout.ids, around)]
+    if walked.heldout_floor is not None:
+        results.append(runner.logits(walked.heldout_floor, heldout.ids, {}))
+    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}))
 
 
 def _small_files(

@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,10 +23,20 @@ _CHUNK = 1 << 24
 
 def run_identity(prepared: Prepared, plan: Plan) -> str:
     """Says what a compression is; a stopped one is only taken up by the same."""
-    source = prepared.source
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    said = [__version__, plan.format, plan.inputs, work, options, dict(source.config)]
+    return _digest(prepared, [plan.format, plan.inputs, work, options])
+
+
+def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> str:
+    """Says what a sweep is."""
+    return _digest(prepared, points)
+
+
+def _digest(prepared: Prepared, asked: Any) -> str:
+    """Digest of what is asked for, and of the model, texts and device it is asked of."""
+    source = prepared.source
+    said = [__version__, asked, dict(source.config), _device(prepared), prepared.noise_floor]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
@@ -37,7 +49,6 @@ def run_identity(prepared: Prepared, plan: Plan) -> str:
         digest.update(f"{None if text is None else tuple(text.ids.shape)}".encode())
         if text is not None:
             digest.update(raw_bytes(text.ids))
-    digest.update(_device(prepared).encode())
     return digest.hexdigest()
 
 

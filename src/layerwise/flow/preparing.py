@@ -23,7 +23,7 @@ from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
 from layerwise.export.servers import check_server
-from layerwise.flow.evaluating import need_packages
+from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
 
@@ -38,6 +38,7 @@ class Texts:
         length: Tokens per window.
         heldout: Text that the result is compared on; None for one that calibration did not use.
         heldout_samples: Windows of it.
+        noise_floor: Whether the original in bfloat16 is compared with itself.
     """
 
     calibration: Text | None = None
@@ -45,6 +46,7 @@ class Texts:
     length: int = 256
     heldout: Text | None = None
     heldout_samples: int = 32
+    noise_floor: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Prepared:
     runner: Runner | None
     calibration: Windows | None
     heldout: Windows | None
+    noise_floor: bool = False
 
 
 def prepare(
@@ -112,7 +115,8 @@ def prepare(
     if needy and text is not None:
         calibration = windows(source, text, samples=texts.samples, length=texts.length)
     heldout = _heldout(source, text, texts, calibration) if proving else None
-    return Prepared(source, found, runner, calibration, heldout)
+    floor = texts.noise_floor and heldout is not None and not runner.whole
+    return Prepared(source, found, runner, calibration, heldout, floor)
 
 
 def _device(name: str) -> str:
@@ -142,7 +146,9 @@ def _prepared_module(
     shown = None if proof == "none" else heldout or calibration
     runs = shown is not None or (needy and calibration is not None)
     runner = Runner(source, found, device=device) if runs else None
-    return Prepared(source, found, runner, calibration if needy else None, shown)
+    text = shown is not None and shown.ids.dim() == 2
+    floor = texts.noise_floor and text and runner is not None and not runner.whole
+    return Prepared(source, found, runner, calibration if needy else None, shown, floor)
 
 
 def _proving(source: Source, proof: Proving) -> bool:
@@ -182,7 +188,8 @@ def _heldout(
             f"the calibration text {more.label} has no window left to compare the result on.",
             "Give --text TEXT to compare on, fewer --samples, or --proof none.",
         )
-    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
+    label = f"{more.label}, after the calibration windows"
+    return Windows(more.ids[used:], label, more.special)
 
 
 def check(prepared: Prepared, plan: Plan) -> Arrangement:
@@ -209,7 +216,7 @@ def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
         plan,
         size,
         runs=prepared.heldout is not None or prepared.calibration is not None,
-        tokens=calibration + 2 * heldout,
+        tokens=calibration + (3 if prepared.noise_floor else 2) * heldout,
         proof=heldout,
     )
 
@@ -238,7 +245,7 @@ def _output_tensors(
     for info in source.tensors.values():
         layer = by_tensor.get(info.name)
         if layer is None or layer.expert is not None or not plan.layers[layer.name].steps:
-            made.append(format.rest(info))
+            made += [] if (stored := format.rest(info)) is None else [stored]
         else:
             made += format.tensors(layer, plan.layers[layer.name], info)
     return made

@@ -11,8 +11,11 @@ from layerwise.core import catalogue
 from layerwise.core.apply import transform
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.errors import UserError
+from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
+from layerwise.core.text import Windows
+from layerwise.evaluate.text import compare
 from layerwise.flow.preparing import Prepared
 
 
@@ -39,19 +42,29 @@ class Probe:
         self.candidates = candidates
         self.ids = ids
 
+    def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
+        """The model under a plan against the original; `windows` are those of `ids`."""
+        before, after = self._carried(plans)
+        answered, original = (self.runner.logits(one, self.ids, {}) for one in (after, before))
+        return compare(windows, [answered], original)[0]
+
     def together(self, plans: Mapping[str, LayerPlan]) -> float:
         """KL from the original's answers to those of the model under a plan, in nats per token."""
+        return self._divergence(*self._carried(plans))
+
+    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Tensor, Tensor]:
+        """The windows after the last block of the original, and of the model under a plan."""
         before = after = self.runner.start(self.ids)
         for block in self.runner.blocks:
-            names = [layer for layer in self._inside(block) if plans[layer].steps]
             changed: dict[str, Tensor] = {}
-            for name in names:
-                self._change(changed, name, plans[name])
+            for name in self._inside(block):
+                if plans[name].steps:
+                    self._change(changed, name, plans[name])
             before, after = (
                 self.runner.forward(block, before, {}),
                 self.runner.forward(block, after, changed),
             )
-        return self._divergence(before, after)
+        return before, after
 
     def apart(self, plans: Mapping[str, LayerPlan], progress: Progress) -> dict[str, float]:
         """The same with one layer at a time under its plan, for every layer.

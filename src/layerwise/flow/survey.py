@@ -182,15 +182,14 @@ class _Trial:
 
     def _in_order(self, works: Iterable[LayerPlan]) -> Iterator[LayerPlan]:
         """Levels that share steps together, higher ranks first, each shared step made once."""
-        ordered = sorted(works, key=lambda work: (-work.density, work.bits or 0, -work.rank))
+        ordered = sorted(
+            works, key=lambda one: (-one.density, one.pruner, one.method, one.bits or 0, -one.rank)
+        )
         before: LayerPlan | None = None
         for work in ordered:
-            if before is None or before.density != work.density:
-                self.made.clear()
-            elif before.bits != work.bits:
-                pruned = 1 + (work.density < 1)  # names, and the step that both share
-                for path in [path for path in self.made if len(path) > pruned]:
-                    del self.made[path]
+            shared = 0 if before is None else _shared_steps(before, work)
+            for path in [path for path in self.made if len(path) > 1 + shared]:
+                del self.made[path]
             yield work
             before = work
 
@@ -218,6 +217,16 @@ class _Trial:
                 given["approximation"] = made[number].weight
             scores[layer.name] = float(method.run(**given))
         return scores
+
+
+def _shared_steps(one: LayerPlan, other: LayerPlan) -> int:
+    """How many of their first steps two plans have in common, whatever the rank of the last."""
+    steps = [replace(plan, rank=0).steps for plan in (one, other)]
+    same = 0
+    while same < min(map(len, steps)) and steps[0][same] == steps[1][same]:
+        same += 1
+    ranked = same == len(steps[0]) == len(steps[1]) and bool(one.rank and other.rank)
+    return same + ranked
 
 
 def _weight(source: Source, layer: Layer) -> Tensor:

@@ -57,8 +57,8 @@ class Wish:
     bits: int | None = None
     budget: str = ""
     max_kl: float | None = None
-    allow: Mapping[str, Sequence[float | None]] = field(
-        default_factory=dict[str, Sequence[float | None]]
+    allow: Mapping[str, Sequence[int | float | None]] = field(
+        default_factory=dict[str, Sequence[int | float | None]]
     )
     group: int | None = None
     symmetric: bool | None = None
@@ -157,7 +157,7 @@ class Wish:
 
     def combinations(self) -> list[LayerPlan]:
         """Every level that a budget may choose."""
-        named: dict[str, Sequence[float | None]] = {
+        named: dict[str, Sequence[int | float | None]] = {
             "bits": self._usual_widths(),
             "density": (self.density,),
             "rank": (self.rank,),

@@ -1,9 +1,9 @@
 """What people read: tables for the terminal, pages for the docs."""
 
+from layerwise.report.figures import evaluation
 from layerwise.report.pages import page
 from layerwise.report.tables import (
     claims_table,
-    comparison,
     forecast_line,
     layer_table,
     methods_table,
@@ -11,11 +11,12 @@ from layerwise.report.tables import (
     structure_json,
     structure_table,
     summary,
+    sweep_table,
 )
 
 __all__ = [
     "claims_table",
-    "comparison",
+    "evaluation",
     "forecast_line",
     "layer_table",
     "methods_table",
@@ -24,4 +25,5 @@ __all__ = [
     "structure_json",
     "structure_table",
     "summary",
+    "sweep_table",
 ]

@@ -1,70 +1,22 @@
-"""How good a model still is: against its text, and against the model it was made from."""
+"""Models loaded as their users will load them, and what they answer."""
 
 import contextlib
 import io
-import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from layerwise import export
 from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
-from layerwise.core.outcome import Comparison
 
 _BATCH_TOKENS = 4096
-
-
-def compare(
-    ids: Tensor, after: Iterable[Tensor], before: Iterable[Tensor] | None, text: str
-) -> Comparison:
-    """Perplexity, and divergence from the original, over windows of text.
-
-    The first token of a window is not predicted.  KL is from the original to the result, in nats
-    per token; cross-entropies are summed in float64.
-
-    Args:
-        ids: Token ids, (windows, length).
-        after: Logits of the result, batch after batch, (batch, length, vocabulary).
-        before: The same of the original.
-        text: Where the windows came from.
-    """
-    totals = torch.zeros(4, dtype=torch.float64)  # cross-entropy, the original's, KL, agreement
-    start = 0
-    originals: Iterator[Tensor] | None = iter(before) if before is not None else None
-    for logits in after:
-        batch = ids[start : start + len(logits)]
-        start += len(logits)
-        scored = functional.log_softmax(logits[:, :-1].float(), dim=-1)
-        totals[0] += _cross_entropy(scored, batch)
-        if originals is not None:
-            reference = functional.log_softmax(next(originals)[:, :-1].float(), dim=-1)
-            totals[1] += _cross_entropy(reference, batch)
-            divergence = functional.kl_div(scored, reference, reduction="none", log_target=True)
-            totals[2] += divergence.sum(dtype=torch.float64)
-            totals[3] += (scored.argmax(dim=-1) == reference.argmax(dim=-1)).sum()
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    entropy, entropy_before, divergence_sum, agreed = (totals / tokens).tolist()
-    if not math.isfinite(entropy):
-        raise UserError(
-            "the model answers NaN or infinity.", "Its weights are damaged: use another checkpoint."
-        )
-    if before is None:
-        return Comparison(tokens, math.exp(entropy), None, None, None, text)
-    return Comparison(
-        tokens, math.exp(entropy), math.exp(entropy_before), divergence_sum, agreed, text
-    )
-
-
-def _cross_entropy(scored: Tensor, ids: Tensor) -> Tensor:
-    return -scored.gather(2, ids[:, 1:, None]).sum(dtype=torch.float64)
 
 
 def load(
@@ -89,7 +41,9 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     architecture = (source.config.get("architectures") or [""])[0]
     known = cast("Any", getattr(transformers, architecture, None))
-    state = None if format is None else format.read()
+    with _without_bars():
+        loaded = None if format is None or known is None else format.load(dtype)
+    state = None if format is None or loaded else format.read()
     if known is None and (state is not None or not trust_remote_code):
         raise UserError(
             f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
@@ -98,7 +52,6 @@ def load(
             "a class of transformers).",
         )
     with _without_bars():
-        loaded = None if format is None or known is None else format.load(dtype)
         model, missing = loaded or _by_transformers(
             source, known, state, dtype=dtype, trust_remote_code=trust_remote_code
         )
