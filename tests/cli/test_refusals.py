@@ -205,6 +205,9 @@ def test_an_unreadable_budget(refuses, llama, out, budget):
         (("--budget", "3bits", "--levels", "two"), "--levels two"),
         (("--bits", "4", "--budget", "3bits"), "--budget"),
         (("--bits", "4", "--format", "zip"), "unknown format"),
+        (("--bits", "4", "--server", "apache"), "unknown server"),
+        (("--bits", "3", "--server", "vllm"), "vllm does not load 3 bits"),
+        (("--bits", "4", "--method", "fp8"), "bits 4"),
         (
             ("--bits", "4", "--samples", "0", "--proof", "logits", "--text-samples", "0"),
             "0 windows",

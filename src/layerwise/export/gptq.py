@@ -17,7 +17,9 @@ float32 holds.  A 16-bit scale of ours passes into float16 unchanged from 2^-17 
 one is rounded, and the result in memory with it; a larger one is refused.
 
 https://github.com/ModelCloud/GPTQModel (7.7) is what the tests read it back with, by way of
-transformers and optimum (2.3) if all layers have one grid.
+transformers and optimum (2.3) if all layers have one grid.  It holds scales, biases and, where it
+loads the whole model, all other tensors in float16; `load` reads those again in full, so that the
+comparison is in float32, with GPTQModel's own unpacking.
 """
 
 import re
