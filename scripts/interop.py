@@ -177,6 +177,8 @@ def _compare_one(python: str, work: Path, name: str, model: str, text: str | Non
         out, wish = work / label, {"format": "gguf", **WIDTHS[label]}
         if label == "Q6_K":
             wish = {"plan": _wide_in_six_bits(model)}
+            if all(layer.bits != 6 for layer in wish["plan"].layers.values()):
+                continue
         lw.compress(model, out, **wish, proof="none")
         (work / "model.json").write_text(json.dumps(str(out / "model.gguf")))
         command = [python, __file__, "--answer", str(work)]

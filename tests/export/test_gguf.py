@@ -415,12 +415,12 @@ def test_refuses_numbers_beyond_float16(place, make_llama, tmp_path):
 def test_gguf_files_are_no_checkpoints_to_compress(llama, tmp_path):
     out = tmp_path / "out"
     lw.compress(llama, out, bits=4, format="gguf", proof="none")
-    with pytest.raises(lw.UserError, match="is a GGUF file"):
+    with pytest.raises(lw.UserError, match="a GGUF file"):
         lw.compress(out / "model.gguf", tmp_path / "again", bits=4)
     with pytest.raises(lw.UserError, match="quantized already"):
         lw.compress(out, tmp_path / "again", bits=4)
     (out / "config.json").write_text(json.dumps(lw.open(llama).source.config | {}))
-    with pytest.raises(lw.UserError, match="is a GGUF file"):
+    with pytest.raises(lw.UserError, match="a GGUF file"):
         lw.evaluate(out, text=TEXT)
 
 

@@ -307,9 +307,9 @@ def _gguf(label: str, folder: Path) -> Checkpoint | None:
 
 def _only_gguf(file: Path) -> UserError:
     return UserError(
-        f"{file} is a GGUF file, whose weights are in llama.cpp's own types.",
-        "Give the checkpoint that it was made from; `layerwise evaluate` reads the directories "
-        "that --format gguf makes.",
+        f"{file} is not a safetensors file but a GGUF file, with weights in llama.cpp's own types.",
+        "Give the model directory that it was made from; `layerwise evaluate` reads directories "
+        "that --format gguf made.",
     )
 
 
