@@ -147,6 +147,16 @@ def test_floats_of_experts_load(tmp_path):
     assert report.proof is not None
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_a_model_in_memory_is_refused_before_work(format, tmp_path):
+    """Its loaders take a directory, with all that lies beside the weights."""
+    module = models.built("llama")
+    wish: dict[str, Any] = {"bits": 4, "group": 0, "format": format}
+    with pytest.raises(lw.UserError, match="in memory"):
+        lw.compress(module, tmp_path / "out", text=models.inputs("llama"), **wish)
+    assert not list(tmp_path.iterdir())
+
+
 def test_declares_every_tensor_it_writes(llama):
     source = lw.open(llama).source
     format, plan = CompressedTensors(source), LayerPlan(bits=3, group=16, symmetric=True)

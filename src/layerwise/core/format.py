@@ -24,12 +24,14 @@ class Format(ABC):
         source: The model: the original when files are written, those files when they are read.
         packages: What transformers needs to load it back, by import name.
         stem: How the names of its weight files begin.
+        directory: Nothing reads it but what loads a model's whole directory.
         adapts: Low-rank corrections lie beside the files as an adapter, which peft loads.
     """
 
     source: Source
     packages: ClassVar[Sequence[str]] = ()
     stem: ClassVar[str] = STEM
+    directory: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
     @abstractmethod

@@ -59,6 +59,7 @@ class CompressedTensors(Format):
     """Codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     packages = ("compressed_tensors",)
+    directory = True
     adapts = True
 
     def check(self, plan: Plan, found: Structure) -> None:

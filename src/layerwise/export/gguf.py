@@ -220,6 +220,8 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
         return "it has no place for a low-rank correction"
     if plan.bits is None:
         return ""
+    if plan.codes != "integer":
+        return "its codes are floats"
     kind = KINDS.get((plan.bits, plan.symmetric))
     if kind is None:
         widths = sorted({bits for bits, symmetric in KINDS if symmetric == plan.symmetric})

@@ -71,6 +71,7 @@ class Gptq(Format):
     """Packed integer codes on symmetric grids, mixed per layer; other layers in their own dtype."""
 
     packages = ("gptqmodel", "optimum")
+    directory = True
     adapts = True
 
     def check(self, plan: Plan, found: Structure) -> None:

@@ -95,7 +95,7 @@ def prepare(
     if text is not None:
         needy += learning
     if isinstance(source, ModuleSource):
-        if format is not None and format.packages and proof != "none":
+        if format is not None and format.directory and proof != "none":
             raise UserError(
                 f"{source.label} is in memory, and {' and '.join(format.packages)} load a model's "
                 "directory.",

@@ -65,7 +65,8 @@ def test_gptqmodel_reads_a_grid_for_each_layer(whole_words, tmp_path):
     assert report.proof.largest_difference <= report.proof.allowed
     assert report.proof.loader.startswith("GPTQModel")
     again = lw.evaluate(tmp_path / "out", against=whole_words, samples=2, length=32)
-    assert again.kl is not None
+    assert again.text is not None
+    assert again.text.kl is not None
 
 
 @needs_gptqmodel
