@@ -42,7 +42,7 @@ WIDTHS: Mapping[str, Mapping[str, Any]] = {
     "Q5_1": {"bits": 5, "symmetric": False},
     "Q4_0": {"bits": 4, "symmetric": True},
     "Q4_1": {"bits": 4, "symmetric": False},
-    "mixed": {"budget": "5.5bits", "levels": (4, 5, 8)},
+    "mixed": {"budget": "5.5bits", "allow": {"bits": (4, 5, 8)}},
 }
 
 

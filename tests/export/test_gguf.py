@@ -249,7 +249,7 @@ def test_a_budget_mixes_types_and_is_kept(budget, llama, tmp_path):
         llama,
         tmp_path / "out",
         budget=budget,
-        levels=(4, 5, 8),
+        allow={"bits": (4, 5, 8)},
         symmetric=None if budget == "60%" else True,
         format="gguf",
         **TEXTS,

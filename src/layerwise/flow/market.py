@@ -77,10 +77,11 @@ def of_bytes(wish: Wish, prepared: Prepared) -> Market:
     """
     found, format = prepared.found, export.get(wish.format, prepared.source)
     combinations = wish.combinations()
-    beside = max(check_level(prepared, wish, level) for level in combinations)
+    for level in combinations:
+        check_level(prepared, wish, level)
     rules = servers.allowed(wish.server, wish.format)
     items = _items(wish, found, rules.together)
-    sold = [_sold(item, combinations, format) for item in items]
+    sold = [_sold(item, combinations, format, found) for item in items]
     market = Market(
         items,
         [[level for _, level in one] for one in sold],
@@ -89,22 +90,30 @@ def of_bytes(wish: Wish, prepared: Prepared) -> Market:
         _useless(wish, sold),
     )
     if wish.budget:
-        return replace(market, budget=_budget_bytes(wish, prepared, beside, market))
+        return replace(market, budget=_budget_bytes(wish, prepared, market))
     return market
 
 
 def _sold(
-    item: Sequence[Layer], combinations: Sequence[LayerPlan], format: Format
+    item: Sequence[Layer], combinations: Sequence[LayerPlan], format: Format, found: Structure
 ) -> list[tuple[int, LayerPlan]]:
     """The levels an item can have with their costs, cheapest first.
 
     A level is left out when one that gives no less of anything costs no more.
+
+    Raises:
+        UserError: It can have none of them.
     """
     sold = [
         (_size(item, level, format), level)
         for level in combinations
-        if all(_fits(level, layer) for layer in item)
+        if _held(item, level, format, found)
     ]
+    if not sold:
+        raise UserError(
+            f"{item[0].name} can have none of the levels that are allowed.",
+            "Allow one that it can have: --allow bits=4,8 (none leaves it as it is).",
+        )
 
     def beaten(cost: int, level: LayerPlan) -> bool:
         return any(
@@ -119,10 +128,6 @@ def _sold(
 def _size(item: Sequence[Layer], level: LayerPlan, format: Format) -> int:
     tensors = format.source.tensors
     return sum(format.size(one, for_layer(level, one), tensors[one.tensor]) for one in item)
-
-
-def _fits(level: LayerPlan, layer: Layer) -> bool:
-    return level.rank <= min(layer.rows, layer.width) and round(level.density * layer.count) > 0
 
 
 def _gives_as_much(one: LayerPlan, other: LayerPlan) -> bool:
@@ -148,33 +153,41 @@ def _useless(wish: Wish, sold: Sequence[Sequence[tuple[int, LayerPlan]]]) -> lis
     return notes
 
 
-def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> int:
-    """Refuse a level that a layer cannot have.
-
-    Returns:
-        Bytes of the files beside the layers, if every layer had it that can.
+def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> None:
+    """Refuse a level that no layer can have; some may be too narrow for it, or of another shape.
 
     Raises:
         UserError: See `check`; of what the format cannot hold it names the formats that can.
     """
-    found = prepared.found
+    if not level.steps:
+        return
+    found, format = prepared.found, export.get(wish.format, prepared.source)
     suited = {
-        name: for_layer(replace(level, rank=min(level.rank, layer.rows, layer.width)), layer)
+        name: for_layer(level, layer) if _held([layer], level, format, found) else LayerPlan()
         for name, layer in found.layers.items()
     }
-    if not level.steps:
-        return 0
+    if not any(layer.steps for layer in suited.values()):
+        suited = {name: for_layer(level, layer) for name, layer in found.layers.items()}
     try:
-        plan = Plan(suited, wish.format, wish.options, server=wish.server)
-        arrangement = check(prepared, plan)
+        check(prepared, Plan(suited, wish.format, wish.options, server=wish.server))
     except UserError as error:
         if able := _able(prepared, suited, wish):
             remedy = f"{error.remedy} Formats that can hold {label(level)}: {', '.join(able)}."
             raise UserError(error.problem, remedy) from error
         raise
-    format = export.get(wish.format, prepared.source)
-    sizes = (_size([layer], suited[name], format) for name, layer in found.layers.items())
-    return arrangement.size - sum(sizes)
+
+
+def _held(item: Sequence[Layer], level: LayerPlan, format: Format, found: Structure) -> bool:
+    """Whether all layers of an item can have a level, and a format has a place for it."""
+    if any(level.rank > min(layer.rows, layer.width) for layer in item):
+        return False
+    if any(round(level.density * layer.count) == 0 for layer in item):
+        return False
+    try:
+        format.check(Plan({layer.name: for_layer(level, layer) for layer in item}), found)
+    except UserError:
+        return False
+    return True
 
 
 def _able(prepared: Prepared, layers: Mapping[str, LayerPlan], wish: Wish) -> list[str]:
@@ -260,7 +273,7 @@ def file_budget(wish: Wish, prepared: Prepared) -> int | None:
     return int(prepared.source.size * amount / 100 if unit == "%" else amount * UNITS[unit])
 
 
-def _budget_bytes(wish: Wish, prepared: Prepared, beside: int, market: Market) -> int:
+def _budget_bytes(wish: Wish, prepared: Prepared, market: Market) -> int:
     """What a budget leaves for the planned layers, in bytes.
 
     "3.5bits" counts everything stored for the planned layers, scales and zero points included;
@@ -279,11 +292,14 @@ def _budget_bytes(wish: Wish, prepared: Prepared, beside: int, market: Market) -
             f"a budget of {wish.budget} is one of files, and dense files keep their size.",
             "Add --format compressed-tensors or --format layerwise, or give a budget in bits.",
         )
+    levels = {name: plans[0] for name, plans in market.by_layer().items()}
+    ordered = {name: levels[name] for name in prepared.found.layers}
+    cheapest = check(prepared, Plan(ordered, wish.format, wish.options, server=wish.server)).size
+    beside = cheapest - market.least
     if wanted < beside:
-        smallest = 100 * (beside + market.least) / prepared.source.size
         raise UserError(
             f"a budget of {wish.budget} is {wanted / 1e6:.2f} MB, but what is left alone "
             f"(embeddings, norms, head) takes {beside / 1e6:.2f} MB.",
-            f"Give --budget {_up(smallest, 2)}% or more.",
+            f"Give --budget {_up(100 * cheapest / prepared.source.size, 2)}% or more.",
         )
     return wanted - beside

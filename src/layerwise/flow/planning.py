@@ -136,7 +136,8 @@ class _Sale:
             over = 0 if wanted is None else check(self.prepared, self.plan(bought)).size - wanted
             if over <= 0:
                 return bought
-            budget -= over
+            # The cheapest plan is known to fit.
+            budget = max(budget - over, self.market.least)
 
     def at(self, budget: int) -> list[int]:
         """The level of each item that the allocator buys."""
