@@ -334,8 +334,7 @@ def sweep(
     Raises:
         UserError: Something is not as it must be.
     """
-    wanted = Wish(**wish)
-    points = points_of(wanted, methods, budgets, uniform)
+    points = points_of(wish, methods, budgets, uniform)
     used = {method.id for point in points for method in point.wish.methods()}
     with caches.opened(cache_bytes, lasting=cache) as kept:
         setting = Setting(
@@ -351,7 +350,6 @@ def sweep(
         target = Path(os.path.abspath(Path(out).expanduser()))
         found = _sweep(
             setting,
-            wanted,
             points,
             target,
             progress or Silent(),

@@ -127,9 +127,15 @@ class Found:
 
 
 def points_of(
-    wish: Wish, methods: Sequence[str], budgets: Sequence[str], uniform: bool
+    wish: Mapping[str, Any], methods: Sequence[str], budgets: Sequence[str], uniform: bool
 ) -> list[Point]:
     """Every method at every budget and, if `uniform`, at every width for all layers.
+
+    Args:
+        wish: Fields of `Wish` that all points share.
+        methods: Quantizers.
+        budgets: As a wish has them; a bare number is of bits.
+        uniform: Add the widths.
 
     Raises:
         UserError: A method or a budget is not one, or there is none.
@@ -139,21 +145,21 @@ def points_of(
             "a sweep needs methods and budgets.", "Give --methods rtn,gptq --budgets 2.5,3,4."
         )
     points: list[Point] = []
+    alike = {name: value for name, value in wish.items() if name != "allow"}
     for method in methods:
         catalogue.get(f"quantize/{method}")
         for budget in budgets:
             sized = budget if budget.strip()[-1:].isalpha() or "%" in budget else f"{budget}bits"
-            points.append(Point(method, sized, replace(wish, method=method, budget=sized)))
-        widths = {level.bits for level in replace(wish, budget="1bits").combinations()}
-        for bits in sorted(width for width in widths if width is not None) if uniform else ():
-            even = replace(wish, method=method, bits=bits, allow={}, inputs="original")
+            points.append(Point(method, sized, Wish(**wish, method=method, budget=sized)))
+        levels = Wish(**wish, budget="1bits").combinations() if uniform else []
+        for bits in sorted({level.bits for level in levels if level.bits is not None}):
+            even = Wish(**{**alike, "method": method, "bits": bits, "inputs": "original"})
             points.append(Point(method, f"{bits}bits", even))
     return points
 
 
 def sweep(
     setting: Setting,
-    wish: Wish,
     points: Sequence[Point],
     out: Path,
     progress: Progress,
@@ -166,7 +172,6 @@ def sweep(
 
     Args:
         setting: The model and what it is seen with.
-        wish: What the points have in common.
         points: What is to be found.
         out: Directory to make; a stopped sweep is taken up in `OUT.partial`.
         progress: Is told of the stages.
@@ -208,7 +213,7 @@ def sweep(
         text=first.text,
         points=_with_front([found.point for found in ordered]),
         original=replace(first, perplexity=first.perplexity_before or 0.0, kl=0.0, top1=1.0),
-        format=wish.format,
+        format=points[0].wish.format,
         bytes_before=prepared.source.size,
         seconds=time.perf_counter() - begun,
         notes=_notes(points),
