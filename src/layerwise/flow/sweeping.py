@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +47,7 @@ from layerwise.report import html, pareto_svg
 
 POINTS = "points.jsonl"
 _PLANS = "plans"
+_SECONDS_TO_ANSWER = 10
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def points_of(
         )
     points: list[Point] = []
     alike = {name: value for name, value in wish.items() if name != "allow"}
+    alike["inputs"] = "original"
     for method in methods:
         catalogue.get(f"quantize/{method}")
         for budget in budgets:
@@ -153,7 +156,7 @@ def points_of(
             points.append(Point(method, sized, Wish(**wish, method=method, budget=sized)))
         levels = Wish(**wish, budget="1bits").combinations() if uniform else []
         for bits in sorted({level.bits for level in levels if level.bits is not None}):
-            even = Wish(**{**alike, "method": method, "bits": bits, "inputs": "original"})
+            even = Wish(**alike, method=method, bits=bits)
             points.append(Point(method, f"{bits}bits", even))
     return points
 
@@ -383,14 +386,16 @@ def _cluster(ray: Any, address: str) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
+        if address != "auto":
+            _knock(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, **quiet)
         except ConnectionError:
             if address != "auto":
                 raise
-            ray.init(**quiet)
+            ray.init(**quiet, include_dashboard=False)
     except Exception as error:  # the package raises no narrower one
         raise UserError(
             f"there is no Ray cluster at {address}: {error}",
@@ -400,6 +405,18 @@ def _cluster(ray: Any, address: str) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens: Ray would wait for minutes.
+
+    Raises:
+        OSError: Nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        raise OSError("an address is host:port")
+    socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
 
 
 def _taken_up(folder: Path, out: Path, identity: str) -> dict[str, Found]:
