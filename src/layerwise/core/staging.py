@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -139,19 +140,24 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
-    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write rows of a tensor, `row` the first of them; slices of a tensor come in order."""
+    def write(self, name: str, tensor: Tensor, row: int = 0, expert: int | None = None) -> None:
+        """Write rows of a tensor, `row` the first of them; slices of a tensor come in order.
+
+        Args:
+            name: The tensor.
+            tensor: Its rows, or rows of one of its entries.
+            row: Where they begin.
+            expert: Which entry along the first axis they are rows of; None for the tensor's own.
+        """
         slot = self.arrangement.slots[name]
+        shape = slot.info.shape if expert is None else slot.info.shape[1:]
         assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
-        assert tensor.shape[1:] == torch.Size(slot.info.shape[1:]), f"{name}: {tensor.shape}"
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        stride = slot.info.size // slot.info.shape[0] if slot.info.count and row else 0
-        handle, offset = self.handles[slot.file], slot.offset + row * stride
+        assert tensor.shape[1:] == torch.Size(shape[1:]), f"{name}: {tensor.shape}"
+        data = _bytes(tensor)
+        entry = (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
+        handle, offset = self.handles[slot.file], slot.offset + entry * slot.info.dtype.itemsize
         with _room(self.out, self.arrangement.size):
-            left = data
-            while left:
-                written = os.pwrite(handle.fileno(), left, offset)
-                left, offset = left[written:], offset + written
+            _write_at(handle, data, offset)
         self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
 
     def finish_step(
@@ -214,6 +220,16 @@ class Staging:
     def _flush(self) -> None:
         for handle in self.handles.values():
             os.fsync(handle.fileno())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_at(handle: IO[bytes], data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(handle.fileno(), data, offset)
+        data, offset = data[written:], offset + written
 
 
 def check_target(out: Path) -> None:

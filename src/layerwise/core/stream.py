@@ -1,7 +1,7 @@
 """Weight-only work: tensors are read and written one at a time, and the model is never built.
 
-Beside the tensor and its result, memory holds one slice of rows in float32 where the plan's
-methods treat rows apart, and the whole layer where they do not.
+Memory holds a few slices of rows where the plan's methods treat rows apart, and one layer in
+float32 where they do not.
 """
 
 import contextlib
@@ -112,36 +112,41 @@ def _transform_tensor(
     staging: Staging,
 ) -> list[LayerRow]:
     rows: list[LayerRow] = []
-    whole = source.read(info.name)
     for layer in layers:
-        matrix, layer_plan = layer.matrix(whole), plan.layers[layer.name]
-        slices: list[Mapping[str, Tensor]] = []
+        layer_plan = plan.layers[layer.name]
+        writer = LayerWriter(layer, layer_plan, format, staging)
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        at_once = _rows_at_once(layer, layer_plan, format)
+        at_once = rows_at_once(layer, layer_plan, format)
         with _threads(1) if at_once < layer.rows else contextlib.nullcontext():
-            for weight in matrix.split(at_once):
-                wide = weight.to(torch.float32, copy=True)
-                done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
-                slices.append(format.encode(done, info))
+            for weight in _slices(source, layer, at_once):
+                done = transform([layer], [weight], {}, [layer_plan], plan.options)[0]
+                writer.write(format.encode(done, info))
                 lost, energy = lost + done.lost, energy + done.energy
-                kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
+                kept += int(done.kept.sum()) if done.kept is not None else weight.numel()
                 notes |= dict.fromkeys(done.notes)
-        write_layer(layer, layer_plan, slices, format, staging)
-        error = lost / energy if energy else 0.0
+        writer.finish()
         rows.append(
             LayerRow.of(
                 layer,
                 layer_plan,
                 info,
                 stored=format.size(layer, layer_plan, info),
-                error=error,
+                error=lost / energy if energy else 0.0,
                 density=kept / layer.count,
                 notes=tuple(notes),
             )
         )
     return rows
+
+
+def _slices(source: Source, layer: Layer, at_once: int) -> Generator[Tensor]:
+    """A layer's matrix in float32, so many rows at a time, read a few slices at a time."""
+    chunk = at_once * max(1, _COPY_BYTES // (4 * at_once * layer.width))
+    for start in range(0, layer.rows, chunk):
+        for weight in layer.read(source, start, min(start + chunk, layer.rows)).split(at_once):
+            yield weight.float()
 
 
 @contextlib.contextmanager
@@ -155,25 +160,29 @@ def _threads(number: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def write_layer(
-    layer: Layer,
-    plan: LayerPlan,
-    slices: Sequence[Mapping[str, Tensor]],
-    format: Format,
-    staging: Staging,
-) -> None:
-    """Write a layer that was encoded in slices of rows."""
-    for name in slices[0]:
-        tensor = torch.cat([part[name] for part in slices])
-        if layer.expert is None:
-            staging.write(name, tensor)
-        else:
-            staging.write(name, tensor[None], layer.expert)
-    for name, tensor in format.constants(layer, plan).items():
-        staging.write(name, tensor)
+class LayerWriter:
+    """Writes a layer that is encoded in slices of rows, each as soon as it is there."""
+
+    def __init__(self, layer: Layer, plan: LayerPlan, format: Format, staging: Staging) -> None:
+        self.layer = layer
+        self.plan = plan
+        self.format = format
+        self.staging = staging
+        self._rows: dict[str, int] = {}
+
+    def write(self, encoded: Mapping[str, Tensor]) -> None:
+        """Write the next rows."""
+        for name, rows in encoded.items():
+            self.staging.write(name, rows, self._rows.get(name, 0), self.layer.expert)
+            self._rows[name] = self._rows.get(name, 0) + len(rows)
+
+    def finish(self) -> None:
+        """Write what the weights have no part in."""
+        for name, tensor in self.format.constants(self.layer, self.plan).items():
+            self.staging.write(name, tensor)
 
 
-def _rows_at_once(layer: Layer, plan: LayerPlan, format: Format) -> int:
+def rows_at_once(layer: Layer, plan: LayerPlan, format: Format) -> int:
     """Rows of a slice; all of them where a method or the format needs them together."""
     apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
     if not apart or layer.layout == "conv1d" or format.whole(plan):

@@ -21,7 +21,7 @@ from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
-from layerwise.core.stream import copy_tensor, write_layer
+from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
@@ -197,8 +197,7 @@ def _layer_of(tensor: str) -> str:
 
 def _weight(source: Source, layer: Layer, folded: Mapping[str, Tensor]) -> Tensor:
     tensor = folded.get(layer.tensor)
-    tensor = source.read(layer.tensor) if tensor is None else tensor
-    return layer.matrix(tensor).to(torch.float32, copy=True).contiguous()
+    return (layer.read(source) if tensor is None else layer.matrix(tensor)).float().contiguous()
 
 
 def _changed(
@@ -241,7 +240,9 @@ def _write_block(
             copy_tensor(source, source.tensors[name], format, staging)
     for result in done.values():
         info = source.tensors[result.layer.tensor]
-        write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
+        writer = LayerWriter(result.layer, result.plan, format, staging)
+        writer.write(format.encode(result, info))
+        writer.finish()
         density = 1.0 if result.kept is None else float(result.kept.float().mean())
         rows.append(
             LayerRow.of(
