@@ -9,9 +9,9 @@ import torch
 from layerwise.core import catalogue, memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import MICRO_BATCH_TOKENS
 from layerwise.core.families import WIDTHS, configured
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.runner import MICRO_BATCH_TOKENS
 from layerwise.core.stream import SLICE_ENTRIES
 from layerwise.core.structure import Layer, Structure
 

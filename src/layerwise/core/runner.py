@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from layerwise.core.activations import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
+from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import Collector
 from layerwise.core.extras import need
 from layerwise.core.structure import Structure, block_of
-
-MICRO_BATCH_TOKENS = 8192
 
 
 class _Stop(Exception):  # noqa: N818
@@ -111,6 +111,7 @@ class Runner:
         found: The source's structure.
         device: Where the block at work is put.
         trust_remote_code: Let the checkpoint bring its own Python.
+        tokens: Tokens that are run at once; one window at least.
 
     Raises:
         UserError: The model cannot be built here; the message says what is missing.
@@ -123,8 +124,10 @@ class Runner:
         *,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        tokens: int = MICRO_BATCH_TOKENS,
     ) -> None:
         self.source = source
+        self.tokens = tokens
         self.device = torch.device(device)
         self.model = _skeleton(source, trust_remote_code)
         for module in self.model.modules():
@@ -150,24 +153,38 @@ class Runner:
         """The model runs as one block."""
         return self.blocks == [""]
 
+    def running(self, tokens: int) -> "Runner":
+        """The same, with so many tokens run at once."""
+        other = copy.copy(self)
+        other.tokens = tokens
+        return other
+
     def start(self, ids: Tensor) -> Float[Tensor, "..."]:
         """What the first block sees of some windows: the embeddings run once, here."""
+        return ids if self.whole else filled(self.starting(ids), len(ids))
+
+    def starting(self, ids: Tensor) -> Iterator[Tensor]:
+        """The same, batch after batch."""
         if self.whole:
-            return ids
+            yield from ids.split(self.batch(ids))
+            return
         outer = self._parameters("", skip_blocks=True)
         if not self._calls:
             self._capture(outer, ids[:1])
+        for batch in ids.split(self.batch(ids)):
+            yield self._embedded(outer, batch)
+
+    def _embedded(self, outer: dict[str, Tensor], ids: Tensor) -> Tensor:
         seen: list[Tensor] = []
 
         def stop(hidden: Tensor, *_: Any, **__: Any) -> None:
             seen.append(hidden.cpu())
             raise _Stop
 
-        with self._stand_ins([stop] * len(self.blocks)), torch.no_grad():
-            for batch in ids.split(self.batch(ids)):
-                with contextlib.suppress(_Stop):
-                    self._call_model(outer, batch)
-        return torch.cat(seen)
+        stand_ins = self._stand_ins([stop] * len(self.blocks))
+        with stand_ins, torch.no_grad(), contextlib.suppress(_Stop):
+            self._call_model(outer, ids)
+        return seen[0]
 
     def forward(
         self,
@@ -184,32 +201,40 @@ class Runner:
             changed: Tensors of the source, by name, that are to be used instead.
             collectors: What is to see the inputs of layers, by the layer's name.
         """
+        return filled(self.carry(block, hidden, changed, collectors), len(hidden))
+
+    def carry(
+        self,
+        block: str,
+        hidden: Activations,
+        changed: Mapping[str, Tensor],
+        collectors: Mapping[str, Collector] | None = None,
+    ) -> Iterator[Tensor]:
+        """What `forward` gives, batch after batch: each is read when the one before is done."""
         parameters = self._parameters(block, changed=changed)
         watched: dict[int, list[Collector]] = {}
         for name, collector in (collectors or {}).items():
             watched.setdefault(self._pointer(parameters, block, name), []).append(collector)
         module = self.model.get_submodule(self._module_path(block)) if block else self.model
         args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
-        outputs: list[Tensor] = []
-        with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
-            for batch in hidden.split(self.batch(hidden)):
+        for batch in batches(hidden, self.batch(hidden)):
+            with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
                 outcome = functional_call(
                     module, parameters, (batch.to(self.device), *args), kwargs
                 )
-                outputs.append(_first(outcome).cpu())
-        return torch.cat(outputs)
+            # Yielded outside: a generator left half-way must not hold the caller's modes.
+            yield _first(outcome).cpu()
 
     def logits(
-        self, hidden: Tensor, ids: Tensor, changed: Mapping[str, Tensor]
+        self, hidden: Activations, ids: Tensor, changed: Mapping[str, Tensor]
     ) -> Iterator[Tensor]:
         """What the model answers to windows whose activations came out of the last block."""
         if self.whole:
-            yield from hidden.split(self.batch(ids))
+            yield from batches(hidden, self.batch(ids))
             return
         outer = self._parameters("", skip_blocks=True, changed=changed)
-        size = self.batch(ids)
-        batches = zip(hidden.split(size), ids.split(size), strict=True)
-        for batch, tokens in batches:
+        size = windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
+        for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
             first = self._wrap(batch.to(self.device))
 
             def give(*_: Any, first: Any = first, **__: Any) -> Any:
@@ -225,15 +250,20 @@ class Runner:
                 answer = _first(self._call_model(outer, tokens)).cpu()
             yield answer
 
+    @property
+    def vocabulary(self) -> int:
+        """Entries of a token's logits; 0 if its configuration does not say."""
+        return int(self.source.config.get("vocab_size") or 0)
+
     def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         """What the whole model, with these tensors for its own, answers to some windows."""
         given = {name: value.float() for name, value in tensors.items()}
         with torch.no_grad():
             return _first(self._call_model(given, ids)).cpu()
 
-    def batch(self, ids: Tensor) -> int:
+    def batch(self, windows: Activations) -> int:
         """Windows that are carried at once."""
-        return 64 if self.whole else max(1, MICRO_BATCH_TOKENS // ids.shape[1])
+        return 64 if self.whole else windows_at_once(windows.shape[1], tokens=self.tokens)
 
     def _call_model(self, outer: dict[str, Tensor], ids: Tensor) -> Any:
         options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}

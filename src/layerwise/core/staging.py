@@ -23,14 +23,15 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layerwise.core.activations import Activations, Stored, write_at
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
 
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+_STATE = "state-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4_000_000_000
@@ -157,38 +158,76 @@ class Staging:
         entry = (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
         handle, offset = self.handles[slot.file], slot.offset + entry * slot.info.dtype.itemsize
         with _room(self.out, self.arrangement.size):
-            _write_at(handle, data, offset)
+            write_at(handle.fileno(), data, offset)
         self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
 
     def finish_step(
-        self, step: str, facts: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
+        self, step: str, facts: Mapping[str, Any], states: Mapping[str, Activations] | None = None
     ) -> None:
         """Record that a step's tensors are on disk, with `facts` for whoever resumes.
 
         Args:
             step: The step's name; a resumed run finds it in `steps` and leaves it out.
             facts: What JSON can hold.
-            state: Tensors that the next step needs; those of the step before are dropped.
+            states: What the next step needs; those of the step before are dropped.
         """
         entry: dict[str, Any] = {"step": step, "checksums": self.checksums, "facts": dict(facts)}
         with _room(self.out, self.arrangement.size):
             self._flush()
-            if state is not None:
-                entry["state"] = f"state-{len(self.steps)}.safetensors"
-                file = self.folder / entry["state"]
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-                _sync(file)
+            if states is not None:
+                entry["states"] = {
+                    name: self._stored(step, name, state) for name, state in states.items()
+                }
             _append(self.folder / _JOURNAL, entry)
-        for old in self.steps.values():
-            if state is not None and (stale := old.pop("state", None)):
-                (self.folder / stale).unlink(missing_ok=True)
+        if states is not None:
+            for old in self.steps.values():
+                old.pop("states", None)
+            for file in sorted(self.folder.glob(f"{_STATE}*")):
+                if file.name not in entry["states"].values():
+                    file.unlink()
         self.steps[step] = entry
         self.checksums = {}
 
-    def state(self) -> dict[str, Tensor] | None:
-        """The tensors the last finished step left for the next one."""
-        names = [entry["state"] for entry in self.steps.values() if "state" in entry]
-        return load_file(self.folder / names[-1]) if names else None
+    def store(self, step: str, name: str, parts: Iterable[Tensor], windows: int) -> Stored:
+        """Write activations to disk as they come, for a step that may finish with them.
+
+        Args:
+            step: The step that makes them.
+            name: What they are.
+            parts: Windows, in order; what the step reads meanwhile is of another step.
+            windows: How many will come.
+        """
+        path = self.folder / f"{_STATE}{step}-{name}.safetensors"
+        made: Stored | None = None
+        at = 0
+        with _room(self.out, self.arrangement.size), path.open("wb") as handle:
+            for part in parts:
+                if made is None:
+                    info = TensorInfo(name, part.dtype, (windows, *part.shape[1:]))
+                    header, starts, _ = _header([info])
+                    handle.write(header)
+                    handle.flush()
+                    made = Stored(path, starts[name], info)
+                each = made.info.size // windows
+                write_at(handle.fileno(), _bytes(part), made.offset + at * each)
+                at += len(part)
+        assert made is not None, "there are no windows"
+        return made
+
+    def _stored(self, step: str, name: str, state: Activations) -> str:
+        """The file that holds a state, which is on disk by now."""
+        if isinstance(state, Tensor):
+            state = self.store(step, name, [state], len(state))
+        assert isinstance(state, Stored)
+        _sync(state.path)
+        return state.path.name
+
+    def states(self) -> dict[str, Stored] | None:
+        """What the last finished step left for the next one."""
+        left = [entry["states"] for entry in self.steps.values() if "states" in entry]
+        if not left:
+            return None
+        return {name: _opened(self.folder / file, name) for name, file in left[-1].items()}
 
     def add(self, files: Mapping[str, bytes | Path]) -> None:
         """Put the small files beside the shards, the shards' index with them."""
@@ -224,12 +263,6 @@ class Staging:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_at(handle: IO[bytes], data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(handle.fileno(), data, offset)
-        data, offset = data[written:], offset + written
 
 
 def check_target(out: Path) -> None:
@@ -366,19 +399,19 @@ def _resume(folder: Path, out: Path, identity: str) -> dict[str, dict[str, Any]]
 
 def _drop_damaged(staging: Staging) -> None:
     """Forget the first step whose bytes are not what the journal says, and all after it."""
-    needs_state = any("state" in entry for entry in staging.steps.values())
+    needs_state = any("states" in entry for entry in staging.steps.values())
     sound = True
     for step, entry in list(staging.steps.items()):
-        state = entry.get("state")
+        files = entry.get("states", {}).values()
         sound = sound and all(
             _checksum(staging, name) == value for name, value in entry["checksums"].items()
         )
         if not sound:
             del staging.steps[step]
-        elif state and not _readable(staging.folder / state):
-            # A later step replaced it, or it is damaged.
-            del entry["state"]
-    carried = any("state" in entry for entry in staging.steps.values())
+        elif files and not all(_readable(staging.folder / file) for file in files):
+            # A later step replaced them, or they are damaged.
+            del entry["states"]
+    carried = any("states" in entry for entry in staging.steps.values())
     if needs_state and not carried:
         staging.steps.clear()
 
@@ -399,6 +432,15 @@ def _readable(state: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def _opened(path: Path, name: str) -> Stored:
+    """Activations that `Staging.store` wrote."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+    info = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return Stored(path, 8 + size + entry["data_offsets"][0], info)
 
 
 def _rewrite(journal: Path, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -5,14 +5,17 @@ model, and the held-out text through both the original and the transformed one, 
 proof.  They are all that a stopped run needs to go on.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layerwise.core.activations import Activations, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.evidence import Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
@@ -25,6 +28,8 @@ from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
+# Those that go through the blocks as they were.
+_ORIGINAL = {HELDOUT_BEFORE}
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Walked:
     """
 
     rows: list[LayerRow]
-    heldout: Tensor
-    heldout_before: Tensor
+    heldout: Activations
+    heldout_before: Activations
 
 
 def walk(
@@ -52,6 +57,7 @@ def walk(
     *,
     calibration: Tensor | None,
     heldout: Tensor,
+    economy: Economy = LAVISH,
 ) -> Walked:
     """Transform a model block by block and write it.
 
@@ -64,7 +70,9 @@ def walk(
         progress: Is told of each block.
         calibration: Token ids, (windows, length); None if no method reads evidence of it.
         heldout: Token ids, (windows, length), for the proof.
+        economy: What to hold on disk, and how much to take up at a time.
     """
+    runner = runner.running(economy.tokens)
     source = runner.source
     words = calibrated_words(plan.methods())
     in_block, outside = _by_block(source, found, runner)
@@ -73,11 +81,15 @@ def walk(
     if calibration is not None:
         started[CALIBRATION] = calibration
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
-    states = staging.state() if finished else None
-    if states is not None:
+    resumed = staging.states() if finished else None
+    states: dict[str, Activations] = {}
+    if resumed is not None:
         runner.start(heldout[:1])  # one window shows what blocks are called with
+        states |= {name: one if economy.on_disk else one[:] for name, one in resumed.items()}
     else:
-        states = {name: runner.start(ids) for name, ids in started.items()}
+        for name, ids in started.items():
+            parts = runner.starting(ids)
+            states[name] = _kept(staging, economy, "start", name, parts, len(ids))
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
@@ -85,14 +97,14 @@ def walk(
             progress.step(block)
             continue
         names = in_block[block]
-        made = _block(runner, found, plan, format, staging, block, names, words, states)
+        made = _block(runner, found, plan, format, staging, block, names, words, states, economy)
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
         progress.step(block)
     if "outside" not in staging.steps:
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
-        staging.finish_step("outside", {}, states)
+        staging.finish_step("outside", {})
     return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
 
 
@@ -105,20 +117,44 @@ def _block(
     block: str,
     names: Sequence[str],
     words: frozenset[str],
-    states: dict[str, Tensor],
+    states: dict[str, Activations],
+    economy: Economy,
 ) -> list[LayerRow]:
     """Transform and write one block, and carry the activations through it.
 
-    All that a block takes is dropped on return, before the next one is read.
+    What needs the block as it was goes first, so that the block is not held twice.  All that it
+    takes is dropped on return, before the next one is read.
     """
     layers = [layer for layer in found.layers.values() if runner.whole or layer.block == block]
-    evidence = gather(runner, block, layers, words, states.get(CALIBRATION))
-    done, folded = _transform_block(runner.source, found, plan, layers, evidence)
-    changed = _changed(runner.source, format, done, folded)
-    for name, hidden in list(states.items()):
-        carried = {} if name == HELDOUT_BEFORE else changed
-        states[name] = runner.forward(block, hidden, carried)
-    return _write_block(runner.source, names, done, folded, format, staging)
+
+    def carry(names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
+        for name in names:
+            hidden = states[name]
+            parts = runner.carry(block, hidden, changed)
+            into = hidden if isinstance(hidden, Tensor) else None
+            states[name] = _kept(staging, economy, _step(block), name, parts, len(hidden), into)
+
+    seen = _Seen(runner, block, layers, words, states.get(CALIBRATION), economy.input_by_input)
+    carry([name for name in states if name in _ORIGINAL], {})
+    rows, changed = _transform_block(runner.source, found, plan, layers, seen, format, staging)
+    carry([name for name in states if name not in _ORIGINAL], changed)
+    _write_rest(runner.source, names, layers, changed, format, staging)
+    return rows
+
+
+def _kept(
+    staging: Staging,
+    economy: Economy,
+    step: str,
+    name: str,
+    parts: Iterable[Tensor],
+    windows: int,
+    into: Tensor | None = None,
+) -> Activations:
+    """Activations as they come out of a step, where they are held between steps."""
+    if economy.on_disk:
+        return staging.store(step, name, parts, windows)
+    return filled(parts, windows, into)
 
 
 def _step(block: str) -> str:
@@ -142,15 +178,37 @@ def gather(
     block: str,
     layers: Sequence[Layer],
     words: frozenset[str],
-    hidden: Tensor | None,
+    hidden: Activations | None,
 ) -> Mapping[str, Mapping[str, object]]:
     """What calibration shows of every input in a block, by `Layer.reads`."""
     if hidden is None or not words:
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
-    runner.forward(block, hidden, {}, collectors)
+    for _ in runner.carry(block, hidden, {}, collectors):
+        pass
     return {reads: collectors[layer.name].evidence() for reads, layer in first.items()}
+
+
+class _Seen:
+    """What calibration shows of a block's inputs: of all in one pass, or a pass for each."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        block: str,
+        layers: Sequence[Layer],
+        words: frozenset[str],
+        hidden: Activations | None,
+        input_by_input: bool,
+    ) -> None:
+        self._gather = functools.partial(gather, runner, block, words=words, hidden=hidden)
+        self._all = {} if input_by_input else dict(self._gather(layers))
+
+    def of(self, group: Sequence[Layer]) -> Mapping[str, object]:
+        """What they read, which is then dropped."""
+        reads = group[0].reads
+        return self._all.pop(reads, {}) if self._all else self._gather(group).get(reads, {})
 
 
 def _transform_block(
@@ -158,19 +216,28 @@ def _transform_block(
     found: Structure,
     plan: Plan,
     layers: Sequence[Layer],
-    evidence: Mapping[str, Mapping[str, object]],
-) -> tuple[dict[str, Transformed], dict[str, Tensor]]:
-    """Every layer of a block, transformed, and the other tensors that scales were folded into."""
+    seen: _Seen,
+    format: Format,
+    staging: Staging,
+) -> tuple[list[LayerRow], dict[str, Tensor]]:
+    """Transform every layer of a block, and write it.
+
+    Returns:
+        A row for each, and the block's new tensors as a loader of the output will see them: those
+        of the layers, and the others that scales were folded into.
+    """
+    rows: list[LayerRow] = []
     folded: dict[str, Tensor] = {}
-    done: dict[str, Transformed] = {}
+    changed: dict[str, Tensor] = {}
     by_name = {layer.name: layer for layer in layers}
     for group in _consumers_first(list(by_input(layers).values()), by_name):
         weights = [_weight(source, layer, folded) for layer in group]
-        seen = evidence.get(group[0].reads, {})
         plans = [plan.layers[layer.name] for layer in group]
-        for result in transform(group, weights, seen, plans, plan.options):
-            done[result.layer.name] = result
-        scale = done[group[0].name].input_scale
+        done = transform(group, weights, seen.of(group), plans, plan.options)
+        del weights
+        scale = done[0].input_scale
+        while done:
+            rows.append(_finish_layer(source, done.pop(0), changed, format, staging))
         if scale is not None:
             feeder = group[0].feeder
             names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
@@ -180,9 +247,39 @@ def _transform_block(
                 if name in source.tensors
             }
             folded |= fold(feeder, tensors, scale, norm_offset=found.family.norm_offset)
-    vectors = {name: value for name, value in folded.items() if _layer_of(name) not in by_name}
-    biases = {name: value for name, value in folded.items() if name.endswith(".bias")}
-    return done, vectors | biases
+    for name, value in folded.items():
+        if name.endswith(".bias") or _layer_of(name) not in by_name:
+            changed[name] = value.to(source.tensors[name].dtype).float()
+    return rows, changed
+
+
+def _finish_layer(
+    source: Source,
+    result: Transformed,
+    changed: dict[str, Tensor],
+    format: Format,
+    staging: Staging,
+) -> LayerRow:
+    """Write a transformed layer, and note what a loader will make of it."""
+    layer, info = result.layer, source.tensors[result.layer.tensor]
+    matrix = format.restored(result, info.dtype)
+    if layer.expert is None:
+        changed[info.name] = layer.store(matrix, info.shape)
+    else:
+        whole = changed.setdefault(info.name, torch.empty(info.shape))
+        whole[layer.expert] = matrix
+    writer = LayerWriter(layer, result.plan, format, staging)
+    writer.write(format.encode(result, info))
+    writer.finish()
+    return LayerRow.of(
+        layer,
+        result.plan,
+        info,
+        stored=format.size(layer, result.plan, info),
+        error=result.error,
+        density=1.0 if result.kept is None else float(result.kept.float().mean()),
+        notes=result.notes,
+    )
 
 
 def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
@@ -200,59 +297,22 @@ def _weight(source: Source, layer: Layer, folded: Mapping[str, Tensor]) -> Tenso
     return (layer.read(source) if tensor is None else layer.matrix(tensor)).float().contiguous()
 
 
-def _changed(
-    source: Source,
-    format: Format,
-    done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The block's new tensors as a loader of the output will see them."""
-    changed: dict[str, Tensor] = {
-        name: value.to(source.tensors[name].dtype).float() for name, value in folded.items()
-    }
-    for result in done.values():
-        layer, info = result.layer, source.tensors[result.layer.tensor]
-        matrix = format.restored(result, info.dtype)
-        if layer.expert is None:
-            changed[info.name] = layer.store(matrix, info.shape)
-        else:
-            whole = changed.setdefault(info.name, torch.empty(info.shape))
-            whole[layer.expert] = matrix
-    return changed
-
-
-def _write_block(
+def _write_rest(
     source: Source,
     names: Sequence[str],
-    done: Mapping[str, Transformed],
-    folded: Mapping[str, Tensor],
+    layers: Sequence[Layer],
+    changed: Mapping[str, Tensor],
     format: Format,
     staging: Staging,
-) -> list[LayerRow]:
-    rows: list[LayerRow] = []
-    layered = {result.layer.tensor for result in done.values()}
+) -> None:
+    """Write the tensors of a block that are no layers."""
+    layered = {layer.tensor for layer in layers}
     for name in names:
-        if name in folded:
-            info = source.tensors[name]
-            stored = format.encode_rest(info, folded[name].to(info.dtype))
+        info = source.tensors[name]
+        if name in layered:
+            continue
+        if name in changed:
+            stored = format.encode_rest(info, changed[name].to(info.dtype))
             staging.write(format.rest(info).name, stored)
-        elif name not in layered:
-            copy_tensor(source, source.tensors[name], format, staging)
-    for result in done.values():
-        info = source.tensors[result.layer.tensor]
-        writer = LayerWriter(result.layer, result.plan, format, staging)
-        writer.write(format.encode(result, info))
-        writer.finish()
-        density = 1.0 if result.kept is None else float(result.kept.float().mean())
-        rows.append(
-            LayerRow.of(
-                result.layer,
-                result.plan,
-                info,
-                stored=format.size(result.layer, result.plan, info),
-                error=result.error,
-                density=density,
-                notes=result.notes,
-            )
-        )
-    return rows
+        else:
+            copy_tensor(source, info, format, staging)

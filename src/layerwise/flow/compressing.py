@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layerwise import __version__, export
 from layerwise.core import memory
+from layerwise.core.activations import Activations
 from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
@@ -201,7 +202,7 @@ def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
     )
 
 
-def _logits(runner: Runner, hidden: Tensor, ids: Tensor, count: int) -> Iterator[Tensor]:
+def _logits(runner: Runner, hidden: Activations, ids: Tensor, count: int) -> Iterator[Tensor]:
     return runner.logits(hidden[:count], ids[:count], {})
 
 
