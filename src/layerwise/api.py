@@ -21,7 +21,8 @@ from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.evaluating import answers, compare
 from layerwise.flow.evaluating import load as _load
 from layerwise.flow.planning import Wish, check_level, make_plan
-from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
+from layerwise.flow.preparing import Proving, Texts, check, prepare
+from layerwise.flow.promising import foresight, promised
 from layerwise.flow.survey import Survey, survey
 
 Model = str | Path | nn.Module
@@ -158,6 +159,7 @@ def forecast(
     text: Text | None = None,
     text_samples: int = 32,
     proof: Proving = "auto",
+    max_memory: str = "",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Forecast:
@@ -172,11 +174,12 @@ def forecast(
         text: Text to compare on.
         text_samples: Windows of it.
         proof: What would be proven.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         device: Where the block at work would be put.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
-        UserError: The plan cannot be carried out.
+        UserError: The plan cannot be carried out, or not within `max_memory`.
     """
     opened = open(model)
     prepared = prepare(
@@ -188,7 +191,8 @@ def forecast(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    return foresee(prepared, plan, check(prepared, plan).size)
+    seen = foresight(prepared, plan, check(prepared, plan).size)
+    return promised(seen, max_memory)[1]
 
 
 def compress(
@@ -202,6 +206,7 @@ def compress(
     text: Text | None = None,
     text_samples: int = 32,
     proof: Proving = "auto",
+    max_memory: str = "",
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -221,6 +226,7 @@ def compress(
         text: Text to compare on; by default one that calibration did not see.
         text_samples: Windows of it.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -244,6 +250,7 @@ def compress(
         progress or Silent(),
         plan=Path(plan) if isinstance(plan, str) else plan,
         proof=proof,
+        max_memory=max_memory,
         device=device,
         restart=restart,
         trust_remote_code=trust_remote_code,

@@ -84,7 +84,12 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     staged.write_text(to_yaml(made, chosen.model, opened.structure))
     staged.rename(file)
     foreseen = lw.forecast(
-        chosen.model, made, **_calibration(chosen), **_machine(chosen), proof="none"
+        chosen.model,
+        made,
+        **_calibration(chosen),
+        **_machine(chosen),
+        proof="none",
+        max_memory=chosen.max_memory,
     )
     console().print(report.plan_table(opened.source, opened.structure, made))
     console().print(report.forecast_line(foreseen))
@@ -119,6 +124,7 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         "text": chosen.text,
         "text_samples": chosen.text_samples,
         "proof": chosen.proof,
+        "max_memory": chosen.max_memory,
         **_machine(chosen),
     }
     done = _compressed(arguments, restart=chosen.restart)

@@ -89,6 +89,7 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     _wish(made, arguments)
     _calibration(made)
     _machine(made)
+    _memory(made)
 
 
 def _compress(commands: Any, arguments: Sequence[str]) -> None:
@@ -117,6 +118,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     )
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
     _machine(made)
+    _memory(made)
 
 
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
@@ -247,6 +249,15 @@ def _calibration(parser: argparse.ArgumentParser) -> None:
 def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-memory",
+        default="",
+        metavar="SIZE",
+        help="most memory to hold, such as 4GiB: kept, or refused before work starts (no limit)",
+    )
 
 
 _NAMING = {

@@ -24,11 +24,16 @@ class Format(ABC):
         source: The model: the original when files are written, those files when they are read.
         packages: What transformers needs to load it back, by import name.
         stem: How the names of its weight files begin.
+        packs: Whether transformers keeps the files mapped and unpacks their layers when a model is
+            first used.
+        unpacking: Bytes that are held, for each weight of a layer, while it is unpacked.
     """
 
     source: Source
     packages: ClassVar[Sequence[str]] = ()
     stem: ClassVar[str] = STEM
+    packs: ClassVar[bool] = False
+    unpacking: ClassVar[float] = 0.0
 
     @abstractmethod
     def check(self, plan: Plan, found: Structure) -> None:
@@ -80,6 +85,11 @@ class Format(ABC):
     def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
         """Files with room for all tensors."""
         return arrange(tensors, stem=self.stem)
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` is what gives a loader the model's tensors."""
+        return type(self).read is not Format.read
 
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What to add to the model's `config.json`."""

@@ -145,8 +145,9 @@ class Report:
         work_seconds: The part of it that the forecast is of: all after the plan was made.
         cpu_seconds: Processor time.
         peak_bytes: Most memory held at once.
-        forecast: What was foreseen of size, memory and time.
+        forecast: What was foreseen of size, disk, memory and time.
         notes: What else the reader should know.
+        disk_bytes: Most room taken on the output's disk at once.
     """
 
     model: str
@@ -165,6 +166,7 @@ class Report:
     peak_bytes: int
     forecast: Mapping[str, int | float]
     notes: Sequence[str] = field(default_factory=tuple[str, ...])
+    disk_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, all the way down."""

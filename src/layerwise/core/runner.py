@@ -7,8 +7,9 @@ blocks replaced by stand-ins, so no architecture is known here.
 
 import contextlib
 import copy
+import mmap
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -128,6 +129,7 @@ class Runner:
     ) -> None:
         self.source = source
         self.tokens = tokens
+        self._empty = False
         self.device = torch.device(device)
         self.model = _skeleton(source, trust_remote_code)
         for module in self.model.modules():
@@ -158,6 +160,25 @@ class Runner:
         other = copy.copy(self)
         other.tokens = tokens
         return other
+
+    def blank(self) -> "Runner":
+        """The same with weights of zeros, which take no memory: to see what running it takes."""
+        other = copy.copy(self)
+        other._empty = True
+        return other
+
+    def block_bytes(self, block: str) -> int:
+        """What the parameters of a block take in float32."""
+        path = f"{self._module_path(block)}." if block else ""
+        return self._bytes(name for name in self._names.tensors if name.startswith(path))
+
+    def outer_bytes(self) -> int:
+        """What the parameters outside the blocks take in float32."""
+        blocks = tuple(f"{self._module_path(block)}." for block in self.blocks)
+        return self._bytes(name for name in self._names.tensors if not name.startswith(blocks))
+
+    def _bytes(self, parameters: Iterable[str]) -> int:
+        return sum(torch.float32.itemsize * self._names.shapes[name].numel() for name in parameters)
 
     def start(self, ids: Tensor) -> Float[Tensor, "..."]:
         """What the first block sees of some windows: the embeddings run once, here."""
@@ -226,13 +247,24 @@ class Runner:
             yield _first(outcome).cpu()
 
     def logits(
-        self, hidden: Activations, ids: Tensor, changed: Mapping[str, Tensor]
+        self,
+        hidden: Activations,
+        ids: Tensor,
+        changed: Mapping[str, Tensor],
+        outer: dict[str, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """What the model answers to windows whose activations came out of the last block."""
+        """What the model answers to windows whose activations came out of the last block.
+
+        Args:
+            hidden: The activations.
+            ids: The windows.
+            changed: Tensors of the source, by name, that are to be used instead.
+            outer: What `outer` gave, if it is at hand.
+        """
         if self.whole:
             yield from batches(hidden, self.batch(ids))
             return
-        outer = self._parameters("", skip_blocks=True, changed=changed)
+        outer = self._parameters("", skip_blocks=True, changed=changed) if outer is None else outer
         size = windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
         for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
             first = self._wrap(batch.to(self.device))
@@ -249,6 +281,10 @@ class Runner:
             with self._stand_ins(acts), torch.no_grad():
                 answer = _first(self._call_model(outer, tokens)).cpu()
             yield answer
+
+    def outer(self) -> dict[str, Tensor]:
+        """The parameters outside the blocks, to be used more than once."""
+        return {} if self.whole else self._parameters("", skip_blocks=True)
 
     @property
     def vocabulary(self) -> int:
@@ -323,6 +359,9 @@ class Runner:
         made: dict[str, Tensor] = {}
         for parameter, parts in self._names.tensors.items():
             if not parameter.startswith(inside) or (skip_blocks and parameter.startswith(blocks)):
+                continue
+            if self._empty:
+                made[parameter.removeprefix(inside)] = _untouched(self._names.shapes[parameter])
                 continue
             read = [changed[name] if name in changed else self.source.read(name) for name in parts]
             value = read[0] if len(read) == 1 else self._names.joined(parameter, read)
@@ -529,6 +568,13 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
         for layer in found.layers.values()
         if layer.tensor in by_tensor
     }
+
+
+def _untouched(shape: torch.Size) -> Tensor:
+    """Zeros in pages of the system's that it makes only for those who write to them."""
+    size = max(1, shape.numel()) * torch.float32.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)[: shape.numel()].view(shape)
 
 
 def _first(outcome: Any) -> Tensor:

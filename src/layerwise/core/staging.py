@@ -116,7 +116,10 @@ def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
 
 @dataclass
 class Staging:
-    """One output directory in the making, for a `with` block.  Made by `stage`."""
+    """One output directory in the making, for a `with` block.  Made by `stage`.
+
+    `most_bytes` is the most room that its files took so far.
+    """
 
     out: Path
     folder: Path
@@ -126,6 +129,7 @@ class Staging:
     handles: dict[str, IO[bytes]]
     checksums: dict[str, int] = field(default_factory=dict[str, int])
     added: set[str] = field(default_factory=set[str])
+    most_bytes: int = 0
 
     def __enter__(self) -> "Staging":
         return self
@@ -179,6 +183,7 @@ class Staging:
                     name: self._stored(step, name, state) for name, state in states.items()
                 }
             _append(self.folder / _JOURNAL, entry)
+        self._weigh()
         if states is not None:
             for old in self.steps.values():
                 old.pop("states", None)
@@ -241,6 +246,7 @@ class Staging:
                     shutil.copyfile(content, target)
                 _sync(target)
                 self.added.add(name)
+        self._weigh()
 
     def publish(self) -> None:
         """Let the output appear under its name, whole."""
@@ -255,6 +261,11 @@ class Staging:
         for handle in self.handles.values():
             handle.close()
         self.lock.close()
+
+    def _weigh(self) -> None:
+        """Note how much room the folder takes."""
+        held = sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        self.most_bytes = max(self.most_bytes, held)
 
     def _flush(self) -> None:
         for handle in self.handles.values():

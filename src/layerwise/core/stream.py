@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.apply import check_finite, transform
 from layerwise.core.checkpoint import Source, TensorInfo
+from layerwise.core.economy import LAVISH, READ_BYTES, Economy
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
@@ -22,7 +23,6 @@ from layerwise.core.structure import Layer, Structure
 
 # A slice in float32 should stay in the processor's cache while a method works on it.
 SLICE_ENTRIES = 1 << 18
-_COPY_BYTES = 1 << 24
 # Each step ends with the disk; smaller steps would only wait for it.
 _STEP_BYTES = 1 << 27
 ROW_STEP = 32
@@ -35,6 +35,7 @@ def stream(
     format: Format,
     staging: Staging,
     progress: Progress,
+    economy: Economy = LAVISH,
 ) -> list[LayerRow]:
     """Write every tensor of a source, transformed as planned.
 
@@ -48,7 +49,7 @@ def stream(
     progress.stage("transform", len(steps))
     rows: list[LayerRow] = []
     for infos in steps:
-        rows += _step(source, infos, by_tensor, plan, format, staging)
+        rows += _step(source, infos, by_tensor, plan, format, staging, economy.read_bytes)
         progress.step(infos[0].name)
     return rows
 
@@ -60,6 +61,7 @@ def _step(
     plan: Plan,
     format: Format,
     staging: Staging,
+    read_bytes: int,
 ) -> list[LayerRow]:
     """Write some tensors, unless an earlier run did."""
     if entry := staging.steps.get(infos[0].name):
@@ -68,15 +70,21 @@ def _step(
     for info in infos:
         layers = by_tensor.get(info.name, [])
         if any(plan.layers[layer.name].steps for layer in layers):
-            rows += _transform_tensor(source, info, layers, plan, format, staging)
+            rows += _transform_tensor(source, info, layers, plan, format, staging, read_bytes)
         else:
             rows += [LayerRow.untouched(layer, info) for layer in layers]
-            copy_tensor(source, info, format, staging)
+            copy_tensor(source, info, format, staging, read_bytes)
     staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
     return rows
 
 
-def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Staging) -> None:
+def copy_tensor(
+    source: Source,
+    info: TensorInfo,
+    format: Format,
+    staging: Staging,
+    read_bytes: int = READ_BYTES,
+) -> None:
     """Write a tensor that no plan changes, in slices.
 
     Raises:
@@ -86,7 +94,7 @@ def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Stagi
     if not info.shape or not info.count:
         staging.write(stored, format.encode_rest(info, source.read(info.name)))
         return
-    rows = max(1, _COPY_BYTES * info.shape[0] // info.size)
+    rows = max(1, read_bytes * info.shape[0] // info.size)
     for start in range(0, info.shape[0], rows):
         part = source.read(info.name, start, start + rows)
         if part.is_floating_point() and info.dtype.itemsize > 1:
@@ -110,6 +118,7 @@ def _transform_tensor(
     plan: Plan,
     format: Format,
     staging: Staging,
+    read_bytes: int,
 ) -> list[LayerRow]:
     rows: list[LayerRow] = []
     for layer in layers:
@@ -119,8 +128,8 @@ def _transform_tensor(
         notes: dict[str, None] = {}
         kept = 0
         at_once = rows_at_once(layer, layer_plan, format)
-        with _threads(1) if at_once < layer.rows else contextlib.nullcontext():
-            for weight in _slices(source, layer, at_once):
+        with threads(1) if at_once < layer.rows else contextlib.nullcontext():
+            for weight in _slices(source, layer, at_once, read_bytes):
                 done = transform([layer], [weight], {}, [layer_plan], plan.options)[0]
                 writer.write(format.encode(done, info))
                 lost, energy = lost + done.lost, energy + done.energy
@@ -141,16 +150,17 @@ def _transform_tensor(
     return rows
 
 
-def _slices(source: Source, layer: Layer, at_once: int) -> Generator[Tensor]:
+def _slices(source: Source, layer: Layer, at_once: int, read_bytes: int) -> Generator[Tensor]:
     """A layer's matrix in float32, so many rows at a time, read a few slices at a time."""
-    chunk = at_once * max(1, _COPY_BYTES // (4 * at_once * layer.width))
+    chunk = at_once * max(1, read_bytes // (4 * at_once * layer.width))
     for start in range(0, layer.rows, chunk):
-        for weight in layer.read(source, start, min(start + chunk, layer.rows)).split(at_once):
-            yield weight.float()
+        read = [*layer.read(source, start, min(start + chunk, layer.rows)).split(at_once)]
+        while read:
+            yield read.pop(0).float()
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Generator[None]:
+def threads(number: int) -> Generator[None]:
     """A slice is too small to share among threads: they would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

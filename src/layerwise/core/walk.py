@@ -230,7 +230,7 @@ def _transform_block(
     folded: dict[str, Tensor] = {}
     changed: dict[str, Tensor] = {}
     by_name = {layer.name: layer for layer in layers}
-    for group in _consumers_first(list(by_input(layers).values()), by_name):
+    for group in consumers_first(list(by_input(layers).values()), by_name):
         weights = [_weight(source, layer, folded) for layer in group]
         plans = [plan.layers[layer.name] for layer in group]
         done = transform(group, weights, seen.of(group), plans, plan.options)
@@ -282,7 +282,7 @@ def _finish_layer(
     )
 
 
-def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
+def consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
     """Groups in an order in which no layer is transformed before scales are folded into it."""
     feeds = {group[0].feeder for group in groups if group[0].feeder in by_name}
     return sorted(groups, key=lambda group: any(layer.name in feeds for layer in group))

@@ -29,6 +29,8 @@ class CompressedTensors(Format):
     """Integer codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     packages = ("compressed_tensors",)
+    packs = True
+    unpacking = 16.0
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for."""

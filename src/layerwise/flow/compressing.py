@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from layerwise import __version__, export
 from layerwise.core import memory
-from layerwise.core.activations import Activations
+from layerwise.core.activations import Activations, filled
 from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
+from layerwise.core.economy import Economy
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -30,16 +31,16 @@ from layerwise.core.walk import Walked, walk
 from layerwise.flow.evaluating import answers, compare, load
 from layerwise.flow.planning import Wish, make_plan
 from layerwise.flow.preparing import (
+    PROOF_WINDOWS,
     Prepared,
     Proving,
     Texts,
     check,
     check_disk,
-    foresee,
     prepare,
 )
+from layerwise.flow.promising import foresight, promised
 
-PROOF_WINDOWS = 8
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
 # point or order of codes moves it by far more than this.
 ALLOWED = 1e-4
@@ -54,6 +55,7 @@ def compress(
     *,
     plan: Path | Plan | None = None,
     proof: Proving = "auto",
+    max_memory: str = "",
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -69,6 +71,7 @@ def compress(
         progress: Is told of the stages.
         plan: A plan, or the file of one.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -99,14 +102,17 @@ def compress(
     if ready is None:
         ready = make_plan(prepared, wish, progress)
     arrangement = check(prepared, ready)
-    check_disk(target, arrangement.size)
-    foreseen = foresee(prepared, ready, arrangement.size)
+    economy, foreseen = promised(foresight(prepared, ready, arrangement.size), max_memory)
+    check_disk(target, foreseen.disk_bytes)
+    progress.tell(foreseen.words())
     working = time.perf_counter()
     staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
     with staging:
-        rows, comparison, answered = _transform(prepared, ready, format, staging, progress)
+        rows, comparison, answered = _transform(prepared, ready, format, staging, progress, economy)
         staging.add(_small_files(prepared, ready, format, recipe or {}))
-        proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
+        proved = _prove(
+            prepared, ready, staging.folder, answered, progress, trust_remote_code, economy
+        )
         report = Report(
             model=source.label,
             out=str(out),
@@ -123,7 +129,8 @@ def compress(
             cpu_seconds=memory.cpu_seconds() - used,
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
-            notes=_notes(prepared, ready),
+            notes=[*_notes(prepared, ready), *economy.notes()],
+            disk_bytes=staging.most_bytes,
         )
         staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
         staging.publish()
@@ -165,12 +172,17 @@ def _content(tensor: Tensor) -> memoryview:
 
 
 def _transform(
-    prepared: Prepared, plan: Plan, format: Format, staging: Staging, progress: Progress
+    prepared: Prepared,
+    plan: Plan,
+    format: Format,
+    staging: Staging,
+    progress: Progress,
+    economy: Economy,
 ) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
     """Write the tensors; the comparison and the logits of the proof, if the model was run."""
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
-        rows = stream(prepared.source, prepared.found, plan, format, staging, progress)
+        rows = stream(prepared.source, prepared.found, plan, format, staging, progress, economy)
         return rows, None, None
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
@@ -184,20 +196,24 @@ def _transform(
         progress,
         calibration=calibration.ids if calibration else None,
         heldout=carried,
+        economy=economy,
     )
     if heldout is None:
         return walked.rows, None, None
-    first = torch.cat(list(_logits(runner, walked.heldout, heldout.ids, PROOF_WINDOWS)))
+    runner = runner.running(economy.tokens)
+    count = min(PROOF_WINDOWS, len(heldout.ids))
+    first = filled(_logits(runner, walked.heldout, heldout.ids, count), count)
     if runner.whole:
         return walked.rows, None, first
     return walked.rows, _compare(runner, walked, heldout), first
 
 
 def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
+    outer = runner.outer()
     return compare(
         heldout.ids,
-        runner.logits(walked.heldout, heldout.ids, {}),
-        runner.logits(walked.heldout_before, heldout.ids, {}),
+        runner.logits(walked.heldout, heldout.ids, {}, outer),
+        runner.logits(walked.heldout_before, heldout.ids, {}, outer),
         heldout.label,
     )
 
@@ -228,6 +244,7 @@ def _prove(
     expected: Tensor | None,
     progress: Progress,
     trust_remote_code: bool,
+    economy: Economy,
 ) -> Proof | None:
     """Load the files back with the loader their users will have, and compare.
 
@@ -244,14 +261,19 @@ def _prove(
             name: written.read(name) for name in written.tensors
         }
         assert prepared.runner is not None
-        found = prepared.runner.answer(tensors, ids)
+        found: Iterable[Tensor] = [prepared.runner.answer(tensors, ids)]
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)
-        found = torch.cat(list(answers(model, ids)))
+        found = answers(model, ids, economy.tokens)
         loader = f"transformers {type(model).__name__}"
+    difference, at = 0.0, 0
+    for part in found:
+        differs = (part.float() - expected[at : at + len(part)]).abs().max()
+        # NaN is no difference that `max` would keep.
+        difference = float("nan") if differs.isnan() else max(difference, float(differs))
+        at += len(part)
     progress.step("load back")
-    difference = float((found.float() - expected).abs().max())
     allowed = ALLOWED * float(expected.abs().max())
     if not difference <= allowed:
         raise RuntimeError(
