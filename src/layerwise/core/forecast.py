@@ -152,7 +152,7 @@ class Foresight:
             self._blocks = [self._groups(block) for block in found.blocks]
             self._passing = _Passing(passes)
         memory.settle()
-        self._base = memory.resident_bytes()
+        self._base = memory.resident_bytes() + memory.GAPS_BYTES
         self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
@@ -235,17 +235,16 @@ class Foresight:
         shapes = tuple((layer.rows, layer.width) for layer in group)
         key = (shapes, tuple(plans), dtype)
         if key not in self._samples:
-            scale = max(max(shape) for shape in shapes) / _SIDE
 
-            def work(smaller: float) -> "_Work":
-                return _Work(group, plans, self.plan, self.format, dtype, smaller)
+            def work(side: float) -> "_Work":
+                return _Work(group, plans, self.plan, self.format, dtype, side)
 
-            self._samples[key] = scaled(work, scale)
+            self._samples[key] = scaled(work, _sides(group))
         return self._samples[key]
 
 
 class _Work:
-    """Layers with both sides so many times shorter, transformed and encoded."""
+    """Layers with both sides so many times as long, transformed and encoded."""
 
     def __init__(
         self,
@@ -254,14 +253,14 @@ class _Work:
         plan: Plan,
         format: Format,
         dtype: torch.dtype,
-        smaller: float,
+        side: float,
     ) -> None:
         self.plan = plan
         self.format = format
         self.dtype = dtype
-        self.layers = [_smaller(layer, smaller) for layer in group]
+        self.layers = [_smaller(layer, side) for layer in group]
         self.plans = [
-            replace(one, rank=math.ceil(one.rank / smaller) if one.rank else 0) for one in plans
+            replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
         ]
         width = self.layers[0].width
         words = calibrated_words(catalogue.get(id) for one in plans for id, _ in one.steps)
@@ -289,12 +288,22 @@ class _Work:
             self.format.encode(result, info)
 
 
-def _smaller(layer: Layer, times: float) -> Layer:
-    # Widths keep what formats and methods ask of them: whole groups and blocks of a row.
-    unit = math.gcd(layer.width, 256)
-    width = layer.width if times <= 1 else max(1, round(layer.width / times / unit)) * unit
-    rows = max(1, round(layer.rows / times))
+def _smaller(layer: Layer, side: float) -> Layer:
+    rows, width = max(1, round(layer.rows * side)), round(layer.width * side)
     return replace(layer, rows=rows, width=width, layout="linear", expert=None)
+
+
+def _sides(group: Sequence[Layer]) -> Sequence[float]:
+    """How long the sides of samples are, a layer's own being 1."""
+    width = group[0].width
+    longest = max(width, *(layer.rows for layer in group))
+    if longest <= _SIDE:
+        return (1.0,)
+    most = width * _SIDE / longest
+    # Widths keep what formats and methods ask of them, if there is room: whole groups of a row.
+    unit = next((u for u in (256, 32) if width % u == 0 and most >= 3 * u), 1)
+    widths = [max(1, round(most * share / unit)) * unit for share in (1, 2 / 3, 1 / 3)]
+    return [one / width for one in sorted(set(widths), reverse=True)]
 
 
 class _Passing:

@@ -8,6 +8,8 @@ import sys
 # Tensors from this size on go back to the system as soon as they are dropped; smaller ones, such
 # as slices of a layer, are worth keeping for the next one.
 _LARGE_BYTES = 1 << 22
+# What the allocator holds of smaller ones at any time: free room at its end, and gaps.
+GAPS_BYTES = 4 * _LARGE_BYTES
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 

@@ -39,39 +39,38 @@ def sampled(work: Callable[[], object]) -> Sample:
     return Sample(held, min(taken))
 
 
-def scaled(work: Callable[[float], Callable[[], object]], scale: float) -> Sample:
+def scaled(work: Callable[[float], Callable[[], object]], sides: Sequence[float]) -> Sample:
     """Foresee work on a matrix from the same work on smaller ones.
 
     A matrix with both sides x times as long takes memory in proportion to x^2 and less, products
-    and factorizations of it time in proportion to x^3 and less.  Three samples, of which each has
-    sides half as long as the one before, say how much of which:
+    and factorizations of it time in proportion to x^3 and less.  Three samples say how much of
+    which:
 
         bytes(x)   = a x^2 + b x + c            exactly: counts of bytes do not scatter
         seconds(x) = a x^3 + b x^2 + c x        the closest with no share below zero
 
     Args:
-        work: What gives the work on a matrix that is so many times smaller in each side.
-        scale: So many times smaller is the largest sample; 1 and below is the matrix itself.
+        work: What gives the work on a matrix with sides so many times as long.
+        sides: Those of three samples, the longest first; of one, if that is the matrix itself.
     """
-    if scale <= 1:
-        return sampled(work(1.0))
-    sides = (1.0, 0.5, 0.25)
-    samples = [sampled(work(scale / side)) for side in sides]
+    samples = [sampled(work(side)) for side in sides]
+    if len(samples) == 1:
+        return samples[0]
     held = np.polynomial.Polynomial.fit(sides, [s.bytes for s in samples], 2, domain=(-1, 1))
     # What grows slowest that can be, and fastest: samples may be too small to say.
-    least, most = samples[0].bytes * scale, 1.5 * samples[0].bytes * scale**2
+    least, most = samples[0].bytes / sides[0], 1.5 * samples[0].bytes / sides[0] ** 2
     return Sample(
-        int(min(max(float(held(scale)), least), most)),
-        _seconds(sides, [s.seconds for s in samples], scale),
+        int(min(max(float(held(1.0)), least), most)),
+        _seconds(sides, [s.seconds for s in samples]),
     )
 
 
-def _seconds(sides: Sequence[float], taken: Sequence[float], scale: float) -> float:
+def _seconds(sides: Sequence[float], taken: Sequence[float]) -> float:
     powers = (3, 2, 1)
     # Shares of what was measured, so that the shortest sample counts as much as the longest.
     shares = np.array([[side**p / s for p in powers] for side, s in zip(sides, taken, strict=True)])
     found, _ = nnls(shares, np.ones(len(taken)))
-    return float(sum(a * scale**p for a, p in zip(found, powers, strict=True)))
+    return float(sum(found))
 
 
 def _most_held(work: Callable[[], object]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.core import memory
 from layerwise.core.activations import Activations, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.checkpoint import Source
@@ -100,6 +101,7 @@ def walk(
         made = _block(runner, found, plan, format, staging, block, names, words, states, economy)
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
+        memory.settle()
         progress.step(block)
     if "outside" not in staging.steps:
         for name in outside:

@@ -254,6 +254,7 @@ def _prove(
     if expected is None or prepared.heldout is None:
         return None
     progress.stage("load back", 1)
+    memory.settle()
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
