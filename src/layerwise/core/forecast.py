@@ -151,9 +151,11 @@ class Foresight:
         else:
             self._blocks = [self._groups(block) for block in found.blocks]
             self._passing = _Passing(passes)
+        told = memory.resident_bytes()
         memory.settle()
         self._base = memory.resident_bytes() + memory.GAPS_BYTES
         self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
+        self._sampled += max(0, told - self._base)
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
         """Foresee the run."""
