@@ -158,9 +158,11 @@ class Foresight:
             infos = [source.tensors[name] for name in by_block(passes.runner)[1]]
             # What is outside the blocks is then held as it was and as it is stored.
             self.around = any(format.rest(info) != info for info in infos)
+        told = memory.resident_bytes()
         memory.settle()
         self._base = memory.resident_bytes() + memory.GAPS_BYTES
         self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
+        self._sampled += max(0, told - self._base)
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
         """Foresee the run."""

@@ -1,15 +1,20 @@
 """What a piece of work takes, measured on a smaller one and scaled up."""
 
+import importlib
 import os
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
+# What torch.profiler is made of; there is no public way to be told of allocations alone.
+_torch: Any = importlib.import_module("torch._C")
+_profiler, _autograd = _torch._profiler, _torch._autograd
 # Short work is timed so often at most, for so many seconds at most.
 _TIMES, _LONG = 3, 0.1
 
@@ -74,19 +79,32 @@ def _seconds(sides: Sequence[float], taken: Sequence[float]) -> float:
 
 
 def _most_held(work: Callable[[], object]) -> int:
-    """Bytes of torch, which its profiler counts, and of numpy, which Python counts."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell that it begins
+    """Bytes of torch, whose profiler tells of each allocation, and of numpy, which Python counts.
+
+    The profiler is asked for nothing else: what it notes of operations takes more than they do.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print that it begins
+    config = _profiler.ProfilerConfig(
+        _profiler.ProfilerState.KINETO,
+        False,  # shapes
+        True,  # memory
+        False,  # stacks
+        False,  # products
+        False,  # modules
+        _profiler._ExperimentalConfig(),
+    )
+    kinds = {_profiler.ProfilerActivity.CPU}
     tracemalloc.start()
+    _autograd._prepare_profiler(config, kinds)
+    _autograd._enable_profiler(config, kinds, {_profiler.RecordScope.USER_SCOPE})
     try:
-        with torch.autograd.profiler.profile(profile_memory=True) as seen:
-            work()
-        _, arrays = tracemalloc.get_traced_memory()
+        work()
     finally:
+        seen = _autograd._disable_profiler()
+        _, arrays = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    results = seen.kineto_results
-    assert results is not None
     held = most = 0
-    for event in results.events():
+    for event in seen.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)

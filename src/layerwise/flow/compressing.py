@@ -18,7 +18,7 @@ from layerwise.core.activations import filled
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
-from layerwise.core.economy import Economy
+from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
@@ -96,6 +96,8 @@ def compress(
     begun, used = time.perf_counter(), memory.cpu_seconds()
     target = Path(os.path.abspath(Path(out).expanduser()))  # "new/.." is no place for an output
     check_target(target)
+    if max_memory:
+        memory_limit(max_memory)  # what is no amount is refused before anything is read
     source = open_source(model)
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
