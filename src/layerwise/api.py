@@ -26,7 +26,8 @@ from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, foresee, prepare
+from layerwise.flow.preparing import Proving, Texts, check, prepare
+from layerwise.flow.promising import foresight, promised
 from layerwise.flow.survey import Survey, for_layer, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
@@ -176,6 +177,7 @@ def forecast(
     text_samples: int = 32,
     noise_floor: bool = True,
     proof: Proving = "auto",
+    max_memory: str = "",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Forecast:
@@ -191,11 +193,12 @@ def forecast(
         text_samples: Windows of it.
         noise_floor: Whether the original in bfloat16 would be compared with itself.
         proof: What would be proven.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         device: Where the block at work would be put.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
-        UserError: The plan cannot be carried out.
+        UserError: The plan cannot be carried out, or not within `max_memory`.
     """
     opened = open(model)
     prepared = prepare(
@@ -207,7 +210,8 @@ def forecast(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    return foresee(prepared, plan, check(prepared, plan).size)
+    seen = foresight(prepared, plan, check(prepared, plan).size)
+    return promised(seen, max_memory)[1]
 
 
 def compress(
@@ -222,6 +226,7 @@ def compress(
     text_samples: int = 32,
     noise_floor: bool = True,
     proof: Proving = "auto",
+    max_memory: str = "",
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
     layer_windows: int = 4,
@@ -245,6 +250,7 @@ def compress(
         text_samples: Windows of it.
         noise_floor: Compare the original in bfloat16 with itself too: what no one minds.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         cache: Keep what is made of layers, so that another budget takes seconds.
         cache_bytes: Most that all that is kept may take.
         layer_windows: Windows of the text on which each layer's own KL is measured, when a
@@ -273,6 +279,7 @@ def compress(
             progress or Silent(),
             plan=Path(plan) if isinstance(plan, str) else plan,
             proof=proof,
+            max_memory=max_memory,
             cache=kept,
             layer_windows=layer_windows,
             device=device,

@@ -65,8 +65,6 @@ def events(log: Path) -> int:
 
 def count_changes(dies_at: int = 0) -> Callable[[], int]:
     """Count the calls that change the disk, and be killed half-way through one of them."""
-    from layerwise.core import staging
-
     numbers = itertools.count(1)
     made = 0
 
@@ -87,15 +85,8 @@ def count_changes(dies_at: int = 0) -> Callable[[], int]:
     for name in ("fsync", "rename", "replace", "unlink", "posix_fallocate", "mkdir", "truncate"):
         counted(os, name)
     counted(os, "pwrite", lambda write, file, data, at: write(file, data[: len(data) // 2], at))
-    counted(staging, "save_file", _save_half)
     counted(shutil, "copyfile")
     return lambda: made
-
-
-def _save_half(save: Callable[..., object], tensors: Any, file: Path) -> None:
-    save(tensors, file)
-    with file.open("r+b") as handle:
-        handle.truncate(file.stat().st_size // 2)
 
 
 def _command(words: list[str], log: Path, fate: Fate) -> None:

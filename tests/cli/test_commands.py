@@ -92,7 +92,7 @@ def test_plan(layerwise, llama, tmp_path):
     assert contents(tmp_path).keys() == {"new/plan.yaml"}
     layers = said.document["layers"].values()
     assert said.document["forecast"]["size_bytes"] > sum(map(bool, layers))
-    assert "carrying it out" in said.err
+    assert "forecast: about" in said.err
 
 
 def test_compress_evaluate_and_run(layerwise, llama, text, tmp_path):

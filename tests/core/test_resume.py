@@ -204,7 +204,8 @@ INFOS = [TensorInfo(name, torch.float32, (4, 8)) for name in "abcde"]
 
 def _stage_all(out: Path) -> None:
     staging = stage(out, arrange(INFOS, shard_bytes=300), "same", restart=False)
-    state = staging.state() or {"carried": torch.zeros(3)}
+    left = staging.states()
+    state = {"carried": left["carried"][:] if left else torch.zeros(3)}
     for number, info in enumerate(INFOS):
         if info.name in staging.steps:
             continue

@@ -89,7 +89,12 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     staged.write_text(to_yaml(made, chosen.model, opened.structure))
     staged.rename(file)
     foreseen = lw.forecast(
-        chosen.model, made, **_calibration(chosen), **_machine(chosen), proof="none"
+        chosen.model,
+        made,
+        **_calibration(chosen),
+        **_machine(chosen),
+        proof="none",
+        max_memory=chosen.max_memory,
     )
     console().print(report.plan_table(opened.source, opened.structure, made))
     console().print(report.forecast_line(foreseen))
@@ -126,6 +131,7 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         "text_samples": chosen.text_samples,
         "noise_floor": chosen.noise_floor,
         "proof": chosen.proof,
+        "max_memory": chosen.max_memory,
         "layer_windows": chosen.layer_windows,
         **_cache(chosen),
         **_machine(chosen),

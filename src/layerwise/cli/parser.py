@@ -95,6 +95,7 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     _proof_text(made.add_argument_group("text for --max-kl"))
     _cache(made)
     _machine(made)
+    _memory(made)
 
 
 def _compress(commands: Any, arguments: Sequence[str]) -> None:
@@ -130,6 +131,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _cache(made)
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
     _machine(made)
+    _memory(made)
 
 
 def _sweep(commands: Any, arguments: Sequence[str]) -> None:
@@ -398,6 +400,15 @@ def _proof_text(parser: Any) -> None:
 def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-memory",
+        default="",
+        metavar="SIZE",
+        help="most memory to hold, such as 4GiB: kept, or refused before work starts (no limit)",
+    )
 
 
 _NAMING = {

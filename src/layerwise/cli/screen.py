@@ -79,3 +79,7 @@ class Bars:
         """One step is done."""
         if self._task is not None:
             self._bars.update(self._task, advance=1, at=what)
+
+    def tell(self, line: str) -> None:
+        """Print a line above the bars."""
+        console().print(line, markup=False)

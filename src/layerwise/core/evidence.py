@@ -45,7 +45,7 @@ class Collector:
             self._inputs.append(inputs.cpu())
 
     def evidence(self) -> Mapping[str, Any]:
-        """The evidence, by word.  An expert that no token reached has zeros.
+        """The evidence, by word, to be asked for once.  An expert that no token reached has zeros.
 
         Raises:
             UserError: Another layer's input was not seen: its module multiplies in its own way.
@@ -60,7 +60,7 @@ class Collector:
         made: dict[str, Any] = {}
         if self._gram is not None:
             # Methods compute where the weights are read to: only blocks run on another device.
-            made["gram"] = self._gram.cpu() / count
+            made["gram"] = self._gram.cpu().div_(count)
         if "magnitude" in self.words:
             made["magnitude"] = (self._magnitude / count).float()
         if "inputs" in self.words:

@@ -1,23 +1,34 @@
-"""What a run will take, said before it starts: bytes, memory, time."""
+"""What a run will take, said before it starts: bytes, memory, time.
 
+Memory is foreseen as the most that any stage of a run holds: what the process holds before, plus
+named terms, each counted from shapes or measured on a sample.  `_Stages` is the whole model.
+"""
+
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from layerwise.core import catalogue, memory
 from layerwise.core.apply import transform
-from layerwise.core.checkpoint import Source
-from layerwise.core.families import WIDTHS, configured
+from layerwise.core.checkpoint import Source, TensorInfo
+from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
+from layerwise.core.evidence import calibrated_words
+from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.runner import MICRO_BATCH_TOKENS
-from layerwise.core.stream import SLICE_ENTRIES
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.runner import Runner
+from layerwise.core.sample import Sample, sampled, scaled
+from layerwise.core.stream import ROW_STEP, rows_at_once, threads
+from layerwise.core.structure import Layer, Structure, by_input
+from layerwise.core.walk import by_block, consumers_first
 
-_SAMPLE_ROWS = 256
-_SIDE = 1024
+_SIDE = 1024  # of the largest sample
 _FLOAT = 4  # bytes
+_LOADING, _ANSWERING = "loading the files back", "running what was loaded"
+LOAD_BACK = frozenset({_LOADING, _ANSWERING})
+_DISK_RATE = 1e9  # bytes per second, read or written
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,126 +37,510 @@ class Forecast:
 
     Attributes:
         size_bytes: Weight files of the output, exact.
+        disk_bytes: Most room taken on the output's disk: the output, and what is staged beside it.
         peak_bytes: Most memory held at once.
         seconds: Wall time from here.
+        stages: The memory that each stage holds.
     """
 
     size_bytes: int
+    disk_bytes: int
     peak_bytes: int
     seconds: float
+    stages: Mapping[str, int]
+
+    @property
+    def fullest(self) -> str:
+        """The stage that holds the most."""
+        return max(self.stages, key=lambda stage: self.stages[stage])
+
+    def words(self) -> str:
+        """One line for people."""
+        size, disk, peak = (
+            f"{figure / 1e6:.2f} MB"
+            for figure in (self.size_bytes, self.disk_bytes, self.peak_bytes)
+        )
+        return (
+            f"forecast: about {self.seconds:.0f} s, {peak} of memory at most ({self.fullest}), "
+            f"weight files of {size}, {disk} of disk"
+        )
 
     def as_json(self) -> Mapping[str, int | float]:
-        """The fields by name."""
-        return asdict(self)
+        """The figures by name."""
+        names = ("size_bytes", "disk_bytes", "peak_bytes", "seconds")
+        return {name: getattr(self, name) for name in names}
 
 
-def forecast(
-    source: Source, found: Structure, plan: Plan, size: int, *, runs: bool, tokens: int, proof: int
-) -> Forecast:
-    """Foresee a run of a plan.
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What is run through a model.
 
-    Time is a sample scaled up: each method on few and on more rows of a layer as wide as those it
-    gets, and one matrix product for the model's forward passes.
+    Attributes:
+        runner: Runs it.
+        calibration: Token ids; None if no method reads what they show.
+        heldout: Token ids that are compared; None for no proof.
+        states: Activations of the held-out text that are carried from block to block in float32.
+        proof: Windows of it whose logits are compared after the files are loaded back; 0 for none.
+        comparing: Bytes that a comparison holds for each logit.
+        floor: Whether the held-out text is carried in bfloat16 too.
+        apart: Windows of it with which each layer that changes is looked at alone.
+    """
+
+    runner: Runner
+    calibration: torch.Tensor | None
+    heldout: torch.Tensor | None
+    states: int
+    proof: int
+    comparing: float
+    floor: bool = False
+    apart: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers that are transformed together.
+
+    Attributes:
+        layers: They.
+        work: What transforming and encoding them takes.
+    """
+
+    layers: Sequence[Layer]
+    work: Sample
+
+    @property
+    def count(self) -> int:
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def gram(self) -> int:
+        """Bytes of the Gram matrix of what they read."""
+        return _FLOAT * self.layers[0].width ** 2
+
+
+class Foresight:
+    """Everything about a run that is measured; `forecast` is then arithmetic.
 
     Args:
         source: The model.
         found: Its structure.
         plan: What will be done.
-        size: Bytes of the output.
-        runs: The model is run block by block; otherwise tensors are streamed.
-        tokens: Tokens carried through the model, each text counted.
-        proof: Tokens whose logits are compared after the files are loaded back.
+        format: How the output is stored.
+        size: Bytes of its weight files.
+        beside: Bytes of its other files.
+        passes: What is run through the model; None if tensors are streamed.
     """
-    seconds = _transform_seconds(found, plan)
-    if not runs:
-        largest = max(info.size for info in source.tensors.values())
-        peak = memory.peak_bytes() + 2 * largest + 16 * SLICE_ENTRIES * _FLOAT
-        return Forecast(size, peak, seconds + (size + _bytes(source)) / 1e9)
-    weights = sum(info.count for info in source.tensors.values())
-    rate = _products_per_second(max(found.layers.values(), key=lambda layer: layer.count))
-    seconds += 2 * weights * (2 * tokens + proof) / rate
-    hidden = configured(source.config, WIDTHS)
-    vocabulary = int(source.config.get("vocab_size") or 0)
-    block = max(
-        sum(layer.count for layer in found.layers.values() if layer.block == name)
-        for name in found.blocks
-    )
-    inputs = {(layer.block, layer.reads): layer.width for layer in found.layers.values()}
-    grams = max(
-        sum(width**2 for (name, _), width in inputs.items() if name == one) for one in found.blocks
-    )
-    # What the layers of a block answer to one batch lives until the block has answered.
-    answered = max(
-        sum(layer.rows for layer in found.layers.values() if layer.block == name)
-        for name in found.blocks
-    )
-    activations = 2 * tokens * hidden + min(tokens, MICRO_BATCH_TOKENS) * answered
-    working = 3 * block + grams + activations
-    proving = weights + 4 * min(proof, 8192) * vocabulary if proof else 0
-    peak = memory.peak_bytes() + _FLOAT * max(working, proving)
-    return Forecast(size, peak, seconds)
+
+    def __init__(
+        self,
+        source: Source,
+        found: Structure,
+        plan: Plan,
+        format: Format,
+        *,
+        size: int,
+        beside: int,
+        passes: Passes | None,
+    ) -> None:
+        self.source = source
+        self.found = found
+        self.plan = plan
+        self.format = format
+        self.size = size
+        self.beside = beside
+        self.passes = passes
+        self._samples: dict[object, Sample] = {}
+        if passes is None:
+            self._streamed = [self._slice(layer) for layer in self.planned()]
+        else:
+            self._blocks = [self._groups(block) for block in found.blocks]
+            self._passing = _Passing(passes)
+            infos = [source.tensors[name] for name in by_block(passes.runner)[1]]
+            # What is outside the blocks is then held as it was and as it is stored.
+            self.around = any(format.rest(info) != info for info in infos)
+        told = memory.resident_bytes()
+        memory.settle()
+        self._base = memory.resident_bytes() + memory.GAPS_BYTES
+        self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
+        self._sampled += max(0, told - self._base)
+
+    def forecast(self, economy: Economy = LAVISH) -> Forecast:
+        """Foresee the run."""
+        if self.passes is None:
+            stages, seconds, staged = self._streaming(economy), self._streaming_seconds(), 0
+        else:
+            walk = _Walking(self, self.passes, self._blocks, self._passing, economy)
+            stages, seconds, staged = walk.stages(), walk.seconds(), walk.staged
+        stages["foreseeing the run"] = self._sampled
+        return Forecast(
+            size_bytes=self.size,
+            disk_bytes=self.size + self.beside + staged,
+            peak_bytes=max(memory.peak_bytes(), self._base + max(stages.values())),
+            seconds=seconds,
+            stages={name: self._base + held for name, held in stages.items()},
+        )
+
+    def economies(self) -> list[Economy]:
+        """Ways to carry the run out, each with less memory than the one before.
+
+        Those that change no bit come first, and of them the quickest.
+        """
+        if self.passes is None:
+            return [LAVISH, Economy(read_bytes=READ_BYTES // 16)]
+        texts = [ids for ids in (self.passes.calibration, self.passes.heldout) if ids is not None]
+        window = max((ids.shape[1] for ids in texts if ids.dim() > 1), default=1)
+        tried = [LAVISH, Economy(on_disk=True), Economy(on_disk=True, input_by_input=True)]
+        tokens = MICRO_BATCH_TOKENS // 2
+        while tokens >= window and not self.passes.runner.whole:
+            tried.append(Economy(on_disk=True, input_by_input=True, tokens=tokens))
+            tokens //= 2
+        return tried
+
+    # Weights alone
+
+    def planned(self) -> list[Layer]:
+        """The layers that change."""
+        return [one for one in self.found.layers.values() if self.plan.layers[one.name].steps]
+
+    def _slice(self, layer: Layer) -> tuple[Layer, int, Sample]:
+        """A layer, how many slices it is worked on in, and what one takes."""
+        info = self.source.tensors[layer.tensor]
+        at_once = rows_at_once(layer, self.plan.layers[layer.name], self.format, info)
+        if at_once >= layer.rows:
+            return layer, 1, self._work([layer])
+        with threads(1):
+            work = self._work([replace(layer, rows=at_once)])
+        return layer, math.ceil(layer.rows / at_once), work
+
+    def _streaming(self, economy: Economy) -> dict[str, int]:
+        # A slice is read out of a mapping of its file, whose pages count until it is closed.
+        largest = max(info.size for info in self.source.tensors.values())
+        read = 2 * min(economy.read_bytes, largest)
+        most = max(
+            (work.bytes + (read if slices > 1 else 0) for _, slices, work in self._streamed),
+            default=0,
+        )
+        return {"copying a tensor": read, "transforming a layer": most}
+
+    def _streaming_seconds(self) -> float:
+        work = sum(slices * one.seconds for _, slices, one in self._streamed)
+        return work + (self.size + _bytes(self.source)) / _DISK_RATE
+
+    # Block by block
+
+    def _groups(self, block: str) -> list[_Group]:
+        layers = [layer for layer in self.found.layers.values() if layer.block == block]
+        names = {layer.name: layer for layer in layers}
+        groups = consumers_first(list(by_input(layers).values()), names)
+        return [_Group(group, self._work(group)) for group in groups]
+
+    def _work(self, group: Sequence[Layer]) -> Sample:
+        """What transforming layers that read one input takes; measured once for all alike."""
+        plans = [self.plan.layers[layer.name] for layer in group]
+        # Which density it is moves nothing much, and each of a thousand would be sampled.
+        plans = [
+            replace(one.work, density=0.5 if one.density < 1 else 1.0, why="") for one in plans
+        ]
+        dtype = self.source.tensors[group[0].tensor].dtype
+        shapes = tuple((layer.rows, layer.width) for layer in group)
+        key = (shapes, tuple(plans), dtype)
+        if key not in self._samples:
+
+            def work(side: float) -> "_Work":
+                return _Work(group, plans, self.plan, self.format, dtype, side)
+
+            self._samples[key] = scaled(work, _sides(group))
+        return self._samples[key]
+
+
+class _Work:
+    """Layers with both sides so many times as long, transformed and encoded."""
+
+    def __init__(
+        self,
+        group: Sequence[Layer],
+        plans: Sequence[LayerPlan],
+        plan: Plan,
+        format: Format,
+        dtype: torch.dtype,
+        side: float,
+    ) -> None:
+        self.plan = plan
+        self.format = format
+        self.dtype = dtype
+        self.layers = [
+            _smaller(layer, side, _rows_together(format, layer, one, dtype))
+            for layer, one in zip(group, plans, strict=True)
+        ]
+        self.plans = [
+            replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
+        ]
+        width = self.layers[0].width
+        words = calibrated_words(catalogue.get(id) for one in plans for id, _ in one.steps)
+        evidence = {
+            "gram": lambda: torch.eye(width),
+            "magnitude": lambda: torch.ones(width),
+            "inputs": lambda: torch.ones(1, width),
+        }
+        self.evidence = {word: made() for word, made in evidence.items() if word in words}
+
+    def __call__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            torch.randn(layer.rows, layer.width, generator=generator) for layer in self.layers
+        ]
+        done = transform(self.layers, weights, self.evidence, self.plans, self.plan.options)
+        del weights
+        restored: list[torch.Tensor] = []
+        while done:
+            result = done.pop(0)
+            info = TensorInfo(
+                result.layer.tensor, self.dtype, (result.layer.rows, result.layer.width)
+            )
+            restored.append(self.format.restored(result, self.dtype))
+            self.format.encode(result, info)
+
+
+def _smaller(layer: Layer, side: float, together: int) -> Layer:
+    rows = max(1, round(layer.rows * side))
+    if rows < layer.rows:
+        rows = min(layer.rows, max(together, rows // together * together))
+    width = round(layer.width * side)
+    return replace(layer, rows=rows, width=width, layout="linear", expert=None)
+
+
+def _rows_together(format: Format, layer: Layer, plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Rows that a sample must hold a multiple of."""
+    together = format.together(TensorInfo(layer.tensor, dtype, (layer.rows, layer.width)))
+    return math.lcm(together, ROW_STEP) if format.whole(plan) else together
+
+
+def _sides(group: Sequence[Layer]) -> Sequence[float]:
+    """How long the sides of samples are, a layer's own being 1."""
+    width = group[0].width
+    longest = max(width, *(layer.rows for layer in group))
+    if longest <= _SIDE:
+        return (1.0,)
+    most = width * _SIDE / longest
+    # Widths keep what formats and methods ask of them, if there is room: whole groups of a row.
+    unit = next((u for u in (256, 32) if width % u == 0 and most >= 3 * u), 1)
+    widths = [max(1, round(most * share / unit)) * unit for share in (1, 2 / 3, 1 / 3)]
+    return [one / width for one in sorted(set(widths), reverse=True)]
+
+
+class _Passing:
+    """What one window takes on its way through a model, with weights that take no memory."""
+
+    def __init__(self, passes: Passes) -> None:
+        runner = passes.runner.blank()
+        texts = [ids for ids in (passes.calibration, passes.heldout) if ids is not None]
+        first = texts[0][:1]
+        self.block = max(runner.blocks, key=runner.block_bytes)
+        hidden = runner.start(first)
+        self.window = 0 if runner.whole else hidden.numel() * hidden.element_size()
+        nothing = Sample(0, 0.0)
+        self.embedding = nothing if runner.whole else sampled(lambda: [*runner.starting(first)])
+        self.through = sampled(lambda: [*runner.carry(self.block, hidden, {})])
+        self.ending = nothing
+        if not runner.whole and passes.heldout is not None:
+            self.ending = sampled(lambda: [*runner.logits(hidden, first, {})])
+        width = hidden.shape[-1]
+        self.rate = _products_per_second(width)
+
+
+@dataclass(frozen=True)
+class _Walking:
+    """The model of a run block by block: the memory of each stage, in terms with names."""
+
+    seen: Foresight
+    passes: Passes
+    blocks: Sequence[Sequence[_Group]]
+    passing: _Passing
+    economy: Economy
+
+    @property
+    def runner(self) -> Runner:
+        return self.passes.runner
+
+    @property
+    def windows(self) -> int:
+        """Windows of all activations that are carried."""
+        count = 0 if self.passes.calibration is None else len(self.passes.calibration)
+        return count + (self.passes.states + self.passes.floor) * len(self._shown)
+
+    @property
+    def carried(self) -> int:
+        """Bytes of all activations; those in bfloat16 take half."""
+        narrow = len(self._shown) // 2 if self.passes.floor else 0
+        return (self.windows - narrow) * self.passing.window
+
+    @property
+    def _shown(self) -> torch.Tensor:
+        """The windows carried for the proof; without one, a single window is."""
+        if self.passes.heldout is not None:
+            return self.passes.heldout
+        assert self.passes.calibration is not None
+        return self.passes.calibration[:1]
+
+    @property
+    def states(self) -> int:
+        """Bytes of activations in memory between blocks."""
+        return 0 if self.economy.on_disk else self.carried
+
+    @property
+    def staged(self) -> int:
+        """Bytes of activations on disk: those of a step, and of the one before."""
+        return 2 * self.carried
+
+    @property
+    def at_once(self) -> int:
+        """Windows that go through a block at once."""
+        return self._at_once(self._shown if self.passes.calibration is None else None)
+
+    def _at_once(self, ids: torch.Tensor | None) -> int:
+        given = self.passes.calibration if ids is None else ids
+        assert given is not None
+        return min(self.runner.running(self.economy.tokens).batch(given), len(given))
+
+    @property
+    def grams(self) -> bool:
+        return "gram" in calibrated_words(self.seen.plan.methods())
+
+    def stages(self) -> dict[str, int]:
+        """Bytes that each stage holds beside what the process held before."""
+        made = {"running the embeddings": self.embeddings()}
+        for groups in self.blocks:
+            name = groups[0].layers[0].block
+            for stage, held in self.in_block(name, groups).items():
+                made[stage] = max(made.get(stage, 0), held)
+        if self.passes.proof:
+            made["comparing logits"] = self.comparing()
+            if self.passes.apart:
+                made["looking at each layer alone"] = self.apart()
+            made[_LOADING], made[_ANSWERING] = self.loading(), self.answering()
+        return made
+
+    def embeddings(self) -> int:
+        outer = 0 if self.runner.whole else self.runner.outer_bytes()
+        return outer + self.states + self.at_once * self.passing.embedding.bytes
+
+    def in_block(self, name: str, groups: Sequence[_Group]) -> dict[str, int]:
+        """The stages of one block."""
+        block = self.runner.block_bytes("" if self.runner.whole else name)
+        through = self.at_once * self.passing.through.bytes
+        grams = sum(group.gram for group in groups) if self.grams else 0
+        if self.economy.input_by_input and self.grams:
+            counts = [_FLOAT * group.count for group in groups]
+            grams = max(sum(counts[:n]) + group.gram for n, group in enumerate(groups))
+        held = {
+            "gathering evidence in a block": self.states + block + through + grams,
+            "carrying activations through a block": self.states + block + through,
+        }
+        done = most = 0
+        left = grams
+        for group in groups:
+            waiting = (group.gram if self.economy.input_by_input else left) if self.grams else 0
+            most = max(most, done + waiting + group.work.bytes)
+            done += _FLOAT * group.count
+            left -= group.gram
+        held["transforming a block"] = self.states + most
+        return held
+
+    def comparing(self) -> int:
+        """Logits of the result and of the original, and what a comparison makes of them."""
+        runner, ids = self.runner, self._shown
+        if runner.whole:
+            return self.states + self.kept_logits
+        batch = windows_at_once(ids.shape[1], runner.vocabulary, self.economy.tokens)
+        each = _FLOAT * ids.shape[1] * runner.vocabulary
+        working = batch * max(self.passing.ending.bytes, int(each * self.passes.comparing))
+        outer = runner.outer_bytes() * (1 + self.seen.around)
+        outer += runner.outer_bytes() // 2 if self.passes.floor else 0
+        return self.states + outer + working + self.kept_logits
+
+    def apart(self) -> int:
+        """Activations of all layers that are carried on, before a block, in it and after it."""
+        block = max(self.runner.block_bytes(block) for block in self.runner.blocks)
+        carried = (1 + len(self.seen.planned())) * self.passes.apart * self.passing.window
+        at_once = self.at_once * self.passing.through.bytes
+        return block + at_once + 3 * carried + self.kept_logits
+
+    @property
+    def kept_logits(self) -> int:
+        """Logits in memory that those of the loaded model are compared with."""
+        length = self._shown.shape[1] if self._shown.dim() > 1 else 1
+        return _FLOAT * self.passes.proof * length * self.runner.vocabulary
+
+    @property
+    def loaded(self) -> tuple[int, int]:
+        """Bytes of float32 weights that a loader makes, and of files that it keeps mapped."""
+        source, format = self.seen.source, self.seen.format
+        planned = {layer.tensor for layer in self.seen.planned()}
+        if format.reads:
+            rest = sum(i.size for i in source.tensors.values() if i.name not in planned)
+            return sum(_FLOAT * info.count for info in source.tensors.values()) + rest, 0
+        # What lies in a file in float32 is used where it lies.
+        copied = sum(
+            _FLOAT * info.count
+            for info in source.tensors.values()
+            if info.dtype != torch.float32 or (format.packs and info.name in planned)
+        )
+        as_it_is = sum(i.size for i in source.tensors.values() if i.dtype == torch.float32)
+        return copied, self.seen.size if format.packs else as_it_is
+
+    def loading(self) -> int:
+        copied, _ = self.loaded
+        largest = max((layer.count for layer in self.seen.planned()), default=0)
+        unpacking = int(self.seen.format.unpacking * largest)
+        files = 0 if self.seen.format.reads else self.seen.size
+        return copied + files + unpacking + self.kept_logits
+
+    def answering(self) -> int:
+        runner, ids = self.runner, self._shown
+        copied, mapped = self.loaded
+        at_once = 64
+        if not runner.whole:
+            at_once = windows_at_once(ids.shape[1], runner.vocabulary, self.economy.tokens)
+        at_once = min(at_once, self.passes.proof)
+        working = at_once * max(self.passing.through.bytes, self.passing.ending.bytes)
+        return copied + mapped + self.kept_logits + working
+
+    def seconds(self) -> float:
+        """Wall time."""
+        blocks = sum(self.runner.block_bytes(block) for block in self.runner.blocks)
+        through = self.passing.through.seconds * blocks
+        through /= max(1, self.runner.block_bytes(self.passing.block))
+        calibration = 0 if self.passes.calibration is None else len(self.passes.calibration)
+        passes = self.windows + calibration
+        if self.economy.input_by_input:
+            passes += calibration * (max(len(groups) for groups in self.blocks) - 1)
+        compared = 2 * len(self._shown) if self.passes.proof else 0
+        seconds = (passes + self.passes.proof) * through
+        seconds += (compared + self.passes.proof) * self.passing.ending.seconds
+        # A layer that is looked at alone is carried through half of the blocks, on average.
+        alone = len(self.seen.planned()) * self.passes.apart
+        seconds += alone * (through / 2 + 2 * self.passing.ending.seconds)
+        seconds += sum(group.work.seconds for groups in self.blocks for group in groups)
+        if self.grams and self.passes.calibration is not None:
+            products = sum(group.gram / _FLOAT for groups in self.blocks for group in groups)
+            seconds += 2 * self.passes.calibration.numel() * products / self.passing.rate
+        # Each block is read for every pass through it, and once to be transformed; activations
+        # are written once for each block.
+        read = _bytes(self.seen.source) * 3 + self.seen.size * (2 if self.passes.proof else 1)
+        staged = self.carried * len(self.runner.blocks)
+        return seconds + (read + staged) / _DISK_RATE
 
 
 def _bytes(source: Source) -> int:
     return sum(info.size for info in source.tensors.values())
 
 
-def _transform_seconds(found: Structure, plan: Plan) -> float:
-    """Seconds of all methods: what a width takes whatever the rows, and what each row adds.
-
-    Layers that read one input and are treated alike are stacked: what the width takes counts once.
-    """
-    sampled: dict[tuple[LayerPlan, int], tuple[float, float]] = {}
-    stacked: set[tuple[str, LayerPlan]] = set()
-    total = 0.0
-    for name, layer_plan in plan.layers.items():
-        layer = found.layers[name]
-        # Which density it is moves no time, and each of a thousand would be sampled for itself.
-        work = replace(layer_plan.work, density=0.5 if layer_plan.density < 1 else 1.0)
-        if (work, layer.width) not in sampled:
-            sampled[work, layer.width] = _sample(layer, work, plan)
-        fixed, each = sampled[work, layer.width]
-        total += each * layer.rows + (0.0 if (layer.reads, work) in stacked else fixed)
-        if all(catalogue.get(id).rows != "layer" for id, _ in work.steps):
-            stacked.add((layer.reads, work))
-    return total
-
-
-def _sample(layer: Layer, work: LayerPlan, plan: Plan) -> tuple[float, float]:
-    """Seconds that a width takes, and seconds that each row adds."""
-    if not work.steps:
-        return 0.0, 0.0
-    most = min(layer.rows, _SAMPLE_ROWS)
-    few = max(1, most // 4)
-    _timed(layer, work, plan, few)  # the first time, everything is slower
-    least, longest = _timed(layer, work, plan, few), _timed(layer, work, plan, most)
-    each = max(0.0, longest - least) / max(1, most - few)
-    return max(0.0, least - each * few), each
-
-
-def _timed(layer: Layer, work: LayerPlan, plan: Plan, rows: int) -> float:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, layer.width, generator=generator)
-    words = {word for id, _ in work.steps for word in catalogue.get(id).evidence}
-    evidence = {
-        "gram": torch.eye(layer.width),
-        "magnitude": torch.ones(layer.width),
-        "inputs": torch.ones(1, layer.width),
-    }
-    given = {word: value for word, value in evidence.items() if word in words}
-    smaller = replace(layer, rows=rows)
-    plans = [replace(work, rank=min(work.rank, rows))]
-    begun = time.perf_counter()
-    transform([smaller], [weight], given, plans, plan.options)
-    return time.perf_counter() - begun
-
-
-def _products_per_second(layer: Layer) -> float:
-    """Multiplications and additions per second of a matrix product of a layer's shape."""
-    rows, width = min(layer.rows, _SIDE), min(layer.width, _SIDE)
-    inputs, weight = torch.ones(_SIDE, width), torch.ones(width, rows)
+def _products_per_second(width: int) -> float:
+    """Multiplications and additions per second of a matrix product."""
+    side = min(width, _SIDE)
+    inputs, weight = torch.ones(_SIDE, side), torch.ones(side, side)
     torch.mm(inputs, weight)
     begun = time.perf_counter()
     for _ in range(4):
         torch.mm(inputs, weight)
-    return 4 * 2 * _SIDE * width * rows / (time.perf_counter() - begun)
+    return 4 * 2 * _SIDE * side * side / (time.perf_counter() - begun)

@@ -26,6 +26,9 @@ class Format(ABC):
         stem: How the names of its weight files begin.
         directory: Nothing reads it but what loads a model's whole directory.
         adapts: Low-rank corrections lie beside the files as an adapter, which peft loads.
+        packs: Whether transformers keeps the files mapped and unpacks their layers when a model is
+            first used.
+        unpacking: Bytes that are held, for each weight of a layer, while it is unpacked.
     """
 
     source: Source
@@ -33,6 +36,8 @@ class Format(ABC):
     stem: ClassVar[str] = STEM
     directory: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    unpacking: ClassVar[float] = 0.0
 
     @abstractmethod
     def check(self, plan: Plan, found: Structure) -> None:
@@ -97,6 +102,11 @@ class Format(ABC):
     def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
         """Files with room for all tensors."""
         return arrange(tensors, stem=self.stem)
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` is what gives a loader the model's tensors."""
+        return type(self).read is not Format.read
 
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What to add to the model's `config.json`."""

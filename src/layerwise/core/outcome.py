@@ -343,13 +343,14 @@ class Report:
         work_seconds: The part of it that the forecast is of: all after the plan was made.
         cpu_seconds: Processor time.
         peak_bytes: Most memory held at once.
-        forecast: What was foreseen of size, memory and time.
+        forecast: What was foreseen of size, disk, memory and time.
         notes: What else the reader should know.
         prediction: The forecast of quality against what was measured; None if there was none.
         noise_floor: The original against itself in a narrower dtype, on the same text: what is
             below it cannot be told from rounding.
         environment: Versions, machine and date, by name.
         recipe: How the run was asked for.
+        disk_bytes: Most room taken on the output's disk at once.
     """
 
     model: str
@@ -372,6 +373,7 @@ class Report:
     noise_floor: Comparison | None = None
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    disk_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, all the way down."""

@@ -14,6 +14,10 @@ class Progress(Protocol):
         """One step is done."""
         ...
 
+    def tell(self, line: str) -> None:
+        """Something is known that whoever waits should read."""
+        ...
+
 
 class Silent:
     """Tells nobody."""
@@ -22,4 +26,7 @@ class Silent:
         """Say nothing."""
 
     def step(self, what: str) -> None:
+        """Say nothing."""
+
+    def tell(self, line: str) -> None:
         """Say nothing."""

@@ -8,8 +8,9 @@ blocks replaced by stand-ins, so no architecture is known here.
 import contextlib
 import copy
 import functools
+import mmap
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -19,14 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from layerwise.core.activations import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
+from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import Collector, GradientCollector
 from layerwise.core.extras import need
 from layerwise.core.structure import Structure, block_of
-
-MICRO_BATCH_TOKENS = 8192
-
 
 _Collecting = TypeVar("_Collecting", Collector, GradientCollector)
 
@@ -147,6 +147,7 @@ class Runner:
         found: The source's structure.
         device: Where the block at work is put.
         trust_remote_code: Let the checkpoint bring its own Python.
+        tokens: Tokens that are run at once; one window at least.
 
     Raises:
         UserError: The model cannot be built here; the message says what is missing.
@@ -159,8 +160,11 @@ class Runner:
         *,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        tokens: int = MICRO_BATCH_TOKENS,
     ) -> None:
         self.source = source
+        self.tokens = tokens
+        self._empty = False
         self.device = torch.device(device)
         self.model = _skeleton(source, trust_remote_code)
         for module in self.model.modules():
@@ -186,6 +190,35 @@ class Runner:
         """The model runs as one block."""
         return self.blocks == [""]
 
+    def running(self, tokens: int) -> "Runner":
+        """The same, with so many tokens run at once."""
+        return self if tokens == self.tokens else self._other(tokens=tokens)
+
+    def blank(self) -> "Runner":
+        """The same with weights of zeros, which take no memory: to see what running it takes."""
+        return self._other(empty=True)
+
+    def _other(self, *, tokens: int = 0, empty: bool = False) -> "Runner":
+        other = copy.copy(self)
+        other.tokens = tokens or self.tokens
+        other._empty = empty
+        # What one learns of calls goes with how its first block answers.
+        other._calls = {} if empty else dict(self._calls)
+        return other
+
+    def block_bytes(self, block: str) -> int:
+        """What the parameters of a block take in float32."""
+        path = f"{self._module_path(block)}." if block else ""
+        return self._bytes(name for name in self._names.tensors if name.startswith(path))
+
+    def outer_bytes(self) -> int:
+        """What the parameters outside the blocks take in float32."""
+        blocks = tuple(f"{self._module_path(block)}." for block in self.blocks)
+        return self._bytes(name for name in self._names.tensors if not name.startswith(blocks))
+
+    def _bytes(self, parameters: Iterable[str]) -> int:
+        return sum(torch.float32.itemsize * self._names.shapes[name].numel() for name in parameters)
+
     def start(
         self,
         ids: Tensor,
@@ -199,22 +232,35 @@ class Runner:
             dtype: What is computed in, here and wherever these activations are carried.
             changed: Tensors of the source, by name, that are to be used instead.
         """
+        return ids if self.whole else filled(self.starting(ids, dtype, changed), len(ids))
+
+    def starting(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """The same, batch after batch."""
         if self.whole:
-            return ids
+            yield from ids.split(self.batch(ids))
+            return
         outer = self._parameters("", dtype, skip_blocks=True, changed=changed)
         if dtype not in self._calls:
             self._capture(outer, _cast(ids[:1], dtype), dtype)
+        for batch in ids.split(self.batch(ids)):
+            yield self._embedded(outer, _cast(batch, dtype))
+
+    def _embedded(self, outer: dict[str, Tensor], ids: Tensor) -> Tensor:
         seen: list[Tensor] = []
 
         def stop(hidden: Tensor, *_: Any, **__: Any) -> None:
             seen.append(hidden.cpu())
             raise _Stop
 
-        with self._stand_ins([stop] * len(self.blocks)), torch.no_grad():
-            for batch in ids.split(self.batch(ids)):
-                with contextlib.suppress(_Stop):
-                    self._call_model(outer, _cast(batch, dtype))
-        return torch.cat(seen)
+        stand_ins = self._stand_ins([stop] * len(self.blocks))
+        with stand_ins, torch.no_grad(), contextlib.suppress(_Stop):
+            self._call_model(outer, ids)
+        return seen[0]
 
     def forward(
         self,
@@ -231,18 +277,27 @@ class Runner:
             changed: Tensors of the source, by name, that are to be used instead.
             collectors: What is to see the inputs of layers, by the layer's name.
         """
+        return filled(self.carry(block, hidden, changed, collectors), len(hidden))
+
+    def carry(
+        self,
+        block: str,
+        hidden: Activations,
+        changed: Mapping[str, Tensor],
+        collectors: Mapping[str, Collector] | None = None,
+    ) -> Iterator[Tensor]:
+        """What `forward` gives, batch after batch: each is read when the one before is done."""
         dtype = hidden.dtype if block else torch.float32
         parameters = self._parameters(block, dtype, changed=changed)
         watched = self._watched(parameters, block, collectors or {})
         module, args, kwargs = self._called(block, dtype)
-        outputs: list[Tensor] = []
-        with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
-            for batch in hidden.split(self.batch(hidden)):
+        for batch in batches(hidden, self.batch(hidden)):
+            with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
                 outcome = functional_call(
                     module, parameters, (batch.to(self.device), *args), kwargs
                 )
-                outputs.append(_first(outcome).cpu())
-        return torch.cat(outputs)
+            # Yielded outside: a generator left half-way must not hold the caller's modes.
+            yield _first(outcome).cpu()
 
     def backward(
         self,
@@ -296,15 +351,27 @@ class Runner:
         return torch.cat(gradients)
 
     def logits(
-        self, hidden: Tensor, ids: Tensor, changed: Mapping[str, Tensor]
+        self,
+        hidden: Activations,
+        ids: Tensor,
+        changed: Mapping[str, Tensor],
+        outer: dict[str, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """What the model answers to windows whose activations came out of the last block."""
+        """What the model answers to windows whose activations came out of the last block.
+
+        Args:
+            hidden: The activations.
+            ids: The windows.
+            changed: Tensors of the source, by name, that are to be used instead.
+            outer: What `outer` gave, if it is at hand.
+        """
         if self.whole:
-            yield from hidden.split(self.batch(ids))
+            yield from batches(hidden, self.batch(ids))
             return
-        outer = self._parameters("", hidden.dtype, skip_blocks=True, changed=changed)
-        size = self.batch(ids)
-        for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
+        if outer is None:
+            outer = self._parameters("", hidden.dtype, skip_blocks=True, changed=changed)
+        size = windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
+        for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
             # A generator that is left half-way must not hold the caller's grad mode: the answer
             # is yielded outside.
             with torch.no_grad():
@@ -324,15 +391,24 @@ class Runner:
         with self._stand_ins([give, *[pass_on] * (len(self.blocks) - 1)]):
             return _first(self._call_model(outer, _cast(ids, hidden.dtype)))
 
+    def outer(self) -> dict[str, Tensor]:
+        """The parameters outside the blocks, to be used more than once."""
+        return {} if self.whole else self._parameters("", skip_blocks=True)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of a token's logits; 0 if its configuration does not say."""
+        return int(self.source.config.get("vocab_size") or 0)
+
     def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         """What the whole model, with these tensors for its own, answers to some windows."""
         given = {name: value.float() for name, value in tensors.items()}
         with torch.no_grad():
             return _first(self._call_model(given, ids)).cpu()
 
-    def batch(self, ids: Tensor) -> int:
+    def batch(self, windows: Activations) -> int:
         """Windows that are carried at once."""
-        return 64 if self.whole else max(1, MICRO_BATCH_TOKENS // ids.shape[1])
+        return 64 if self.whole else windows_at_once(windows.shape[1], tokens=self.tokens)
 
     def _call_model(self, outer: dict[str, Tensor], ids: Tensor) -> Any:
         options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}
@@ -397,6 +473,10 @@ class Runner:
         made: dict[str, Tensor] = {}
         for parameter, parts in self._names.tensors.items():
             if not parameter.startswith(inside) or (skip_blocks and parameter.startswith(blocks)):
+                continue
+            if self._empty:
+                shape = self._names.shapes[parameter]
+                made[parameter.removeprefix(inside)] = _untouched(shape).to(dtype)
                 continue
             read = [changed[name] if name in changed else self.source.read(name) for name in parts]
             value = read[0] if len(read) == 1 else self._names.joined(parameter, read)
@@ -624,6 +704,13 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
 def _cast(given: Tensor, dtype: torch.dtype) -> Tensor:
     """Pictures as a model that computes in `dtype` takes them; token ids stay as they are."""
     return given.to(dtype) if given.is_floating_point() else given
+
+
+def _untouched(shape: torch.Size) -> Tensor:
+    """Zeros in pages of the system's that it makes only for those who write to them."""
+    size = max(1, shape.numel()) * torch.float32.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)[: shape.numel()].view(shape)
 
 
 def _first(outcome: Any) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,15 +23,16 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layerwise.core.activations import Activations, Stored, write_at
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.packing import raw_bytes
 
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+_STATE, _ASIDE = "state-", "aside-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4_000_000_000
@@ -137,7 +139,10 @@ def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
 
 @dataclass
 class Staging:
-    """One output directory in the making, for a `with` block.  Made by `stage`."""
+    """One output directory in the making, for a `with` block.  Made by `stage`.
+
+    `most_bytes` is the most room that its files took so far.
+    """
 
     out: Path
     folder: Path
@@ -147,6 +152,7 @@ class Staging:
     handles: dict[str, IO[bytes]]
     checksums: dict[str, int] = field(default_factory=dict[str, int])
     added: set[str] = field(default_factory=set[str])
+    most_bytes: int = 0
 
     def __enter__(self) -> "Staging":
         return self
@@ -162,50 +168,97 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
-    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write rows of a tensor, `row` the first of them; slices of a tensor come in order."""
+    def write(self, name: str, tensor: Tensor, row: int = 0, expert: int | None = None) -> None:
+        """Write rows of a tensor, `row` the first of them; slices of a tensor come in order.
+
+        Args:
+            name: The tensor.
+            tensor: Its rows, or rows of one of its entries.
+            row: Where they begin.
+            expert: Which entry along the first axis they are rows of; None for the tensor's own.
+        """
         slot = self.arrangement.slots[name]
+        shape = slot.info.shape if expert is None else slot.info.shape[1:]
         assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
-        assert tensor.shape[1:] == torch.Size(slot.info.shape[1:]), f"{name}: {tensor.shape}"
+        assert tensor.shape[1:] == torch.Size(shape[1:]), f"{name}: {tensor.shape}"
         data = raw_bytes(tensor)
-        stride = slot.info.size // slot.info.shape[0] if slot.info.count and row else 0
-        handle, offset = self.handles[slot.file], slot.offset + row * stride
+        entry = (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
+        handle, offset = self.handles[slot.file], slot.offset + entry * slot.info.dtype.itemsize
         with _room(self.out, self.arrangement.size):
-            left = data
-            while left:
-                written = os.pwrite(handle.fileno(), left, offset)
-                left, offset = left[written:], offset + written
+            write_at(handle.fileno(), data, offset)
         self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
 
     def finish_step(
-        self, step: str, facts: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
+        self, step: str, facts: Mapping[str, Any], states: Mapping[str, Activations] | None = None
     ) -> None:
         """Record that a step's tensors are on disk, with `facts` for whoever resumes.
 
         Args:
             step: The step's name; a resumed run finds it in `steps` and leaves it out.
             facts: What JSON can hold.
-            state: Tensors that the next step needs; those of the step before are dropped.
+            states: What the next step needs; those of the step before are dropped.
         """
         entry: dict[str, Any] = {"step": step, "checksums": self.checksums, "facts": dict(facts)}
         with _room(self.out, self.arrangement.size):
             self._flush()
-            if state is not None:
-                entry["state"] = f"state-{len(self.steps)}.tensors"
-                file = self.folder / entry["state"]
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-                _sync(file)
+            if states is not None:
+                entry["states"] = {
+                    name: self._stored(step, name, state) for name, state in states.items()
+                }
             _append(self.folder / _JOURNAL, entry)
-        for old in self.steps.values():
-            if state is not None and (stale := old.pop("state", None)):
-                (self.folder / stale).unlink(missing_ok=True)
+        self._weigh()
+        if states is not None:
+            for old in self.steps.values():
+                old.pop("states", None)
+            for file in sorted(self.folder.glob(f"{_STATE}*")):
+                if file.name not in entry["states"].values():
+                    file.unlink()
         self.steps[step] = entry
         self.checksums = {}
 
-    def state(self) -> dict[str, Tensor] | None:
-        """The tensors the last finished step left for the next one."""
-        names = [entry["state"] for entry in self.steps.values() if "state" in entry]
-        return load_file(self.folder / names[-1]) if names else None
+    def store(
+        self, step: str, name: str, parts: Iterable[Tensor], windows: int, *, aside: bool = False
+    ) -> Stored:
+        """Write activations to disk as they come, for a step that may finish with them.
+
+        Args:
+            step: The step that makes them.
+            name: What they are.
+            parts: Windows, in order; what the step reads meanwhile is of another step.
+            windows: How many will come.
+            aside: No step finishes with them: whoever makes them drops them.
+        """
+        path = self.folder / f"{_ASIDE if aside else _STATE}{step}-{name}.tensors"
+        made: Stored | None = None
+        at = 0
+        with _room(self.out, self.arrangement.size), path.open("wb") as handle:
+            for part in parts:
+                if made is None:
+                    info = TensorInfo(name, part.dtype, (windows, *part.shape[1:]))
+                    header, starts, _ = _header([info])
+                    handle.write(header)
+                    handle.flush()
+                    made = Stored(path, starts[name], info)
+                each = made.info.size // windows
+                write_at(handle.fileno(), raw_bytes(part), made.offset + at * each)
+                at += len(part)
+        assert made is not None, "there are no windows"
+        return made
+
+    def _stored(self, step: str, name: str, state: Activations) -> str:
+        """The file that holds a state, which is on disk by now."""
+        if isinstance(state, Tensor):
+            state = self.store(step, name, [state], len(state))
+        assert isinstance(state, Stored)
+        _sync(state.path)
+        return state.path.name
+
+    def states(self) -> dict[str, Stored] | None:
+        """What the last finished step left for the next one."""
+        left = [entry["states"] for entry in self.steps.values() if "states" in entry]
+        if not left:
+            return None
+        return {name: _opened(self.folder / file, name) for name, file in left[-1].items()}
 
     def add(self, files: Mapping[str, bytes | Path]) -> None:
         """Put the small files beside the shards, the shards' index with them."""
@@ -220,6 +273,7 @@ class Staging:
                     shutil.copyfile(content, target)
                 _sync(target)
                 self.added.add(name)
+        self._weigh()
 
     def publish(self) -> None:
         """Let the output appear under its name, whole."""
@@ -234,6 +288,11 @@ class Staging:
         for handle in self.handles.values():
             handle.close()
         self.lock.close()
+
+    def _weigh(self) -> None:
+        """Note how much room the folder takes."""
+        held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        self.most_bytes = max(self.most_bytes, held)
 
     def _flush(self) -> None:
         for handle in self.handles.values():
@@ -379,19 +438,19 @@ def _resume(folder: Path, out: Path, identity: str) -> dict[str, dict[str, Any]]
 
 def _drop_damaged(staging: Staging) -> None:
     """Forget the first step whose bytes are not what the journal says, and all after it."""
-    needs_state = any("state" in entry for entry in staging.steps.values())
+    needs_state = any("states" in entry for entry in staging.steps.values())
     sound = True
     for step, entry in list(staging.steps.items()):
-        state = entry.get("state")
+        files = entry.get("states", {}).values()
         sound = sound and all(
             _checksum(staging, name) == value for name, value in entry["checksums"].items()
         )
         if not sound:
             del staging.steps[step]
-        elif state and not _readable(staging.folder / state):
-            # A later step replaced it, or it is damaged.
-            del entry["state"]
-    carried = any("state" in entry for entry in staging.steps.values())
+        elif files and not all(_readable(staging.folder / file) for file in files):
+            # A later step replaced them, or they are damaged.
+            del entry["states"]
+    carried = any("states" in entry for entry in staging.steps.values())
     if needs_state and not carried:
         staging.steps.clear()
 
@@ -412,6 +471,15 @@ def _readable(state: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def _opened(path: Path, name: str) -> Stored:
+    """Activations that `Staging.store` wrote."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+    info = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return Stored(path, 8 + size + entry["data_offsets"][0], info)
 
 
 def _rewrite(journal: Path, entries: Sequence[Mapping[str, Any]]) -> None:

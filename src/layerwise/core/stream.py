@@ -1,7 +1,7 @@
 """Weight-only work: tensors are read and written one at a time, and the model is never built.
 
-Beside the tensor and its result, memory holds one slice of rows in float32 where the plan's
-methods treat rows apart, and the whole layer where they do not.
+Memory holds a few slices of rows where the plan's methods treat rows apart, and one layer in
+float32 where they do not.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.apply import check_finite, lost_share, transform
 from layerwise.core.checkpoint import Source, TensorInfo
+from layerwise.core.economy import LAVISH, READ_BYTES, Economy
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
@@ -23,7 +24,6 @@ from layerwise.core.structure import Layer, Structure
 
 # A slice in float32 should stay in the processor's cache while a method works on it.
 SLICE_ENTRIES = 1 << 18
-_COPY_BYTES = 1 << 24
 # Each step ends with the disk; smaller steps would only wait for it.
 _STEP_BYTES = 1 << 27
 ROW_STEP = 32
@@ -36,6 +36,7 @@ def stream(
     format: Format,
     staging: Staging,
     progress: Progress,
+    economy: Economy = LAVISH,
 ) -> list[LayerRow]:
     """Write every tensor of a source, transformed as planned.
 
@@ -49,7 +50,7 @@ def stream(
     progress.stage("transform", len(steps))
     rows: list[LayerRow] = []
     for infos in steps:
-        rows += _step(source, infos, by_tensor, plan, format, staging)
+        rows += _step(source, infos, by_tensor, plan, format, staging, economy.read_bytes)
         progress.step(infos[0].name)
     return rows
 
@@ -61,6 +62,7 @@ def _step(
     plan: Plan,
     format: Format,
     staging: Staging,
+    read_bytes: int,
 ) -> list[LayerRow]:
     """Write some tensors, unless an earlier run did."""
     if entry := staging.steps.get(infos[0].name):
@@ -69,17 +71,23 @@ def _step(
     for info in infos:
         layers = by_tensor.get(info.name, [])
         if any(plan.layers[layer.name].steps for layer in layers):
-            rows += _transform_tensor(source, info, layers, plan, format, staging)
+            rows += _transform_tensor(source, info, layers, plan, format, staging, read_bytes)
         else:
             for layer in layers:
                 plan_of = plan.layers[layer.name]
                 rows.append(LayerRow.untouched(layer, info, format.size(layer, plan_of, info)))
-            copy_tensor(source, info, format, staging)
+            copy_tensor(source, info, format, staging, read_bytes)
     staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
     return rows
 
 
-def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Staging) -> None:
+def copy_tensor(
+    source: Source,
+    info: TensorInfo,
+    format: Format,
+    staging: Staging,
+    read_bytes: int = READ_BYTES,
+) -> None:
     """Write a tensor that no plan changes, in slices, unless the format has no use for it.
 
     Raises:
@@ -92,7 +100,7 @@ def copy_tensor(source: Source, info: TensorInfo, format: Format, staging: Stagi
     if not info.shape or not info.count:
         staging.write(stored, format.encode_rest(info, source.read(info.name)))
         return
-    rows = _multiple(_COPY_BYTES * info.shape[0] // info.size, format.together(info))
+    rows = _multiple(read_bytes * info.shape[0] // info.size, format.together(info))
     for start in range(0, info.shape[0], rows):
         part = source.read(info.name, start, start + rows)
         if part.is_floating_point() and info.dtype.itemsize > 1:
@@ -116,26 +124,25 @@ def _transform_tensor(
     plan: Plan,
     format: Format,
     staging: Staging,
+    read_bytes: int,
 ) -> list[LayerRow]:
     rows: list[LayerRow] = []
-    whole = source.read(info.name)
     for layer in layers:
-        matrix, layer_plan = layer.matrix(whole), plan.layers[layer.name]
-        slices: list[Mapping[str, Tensor]] = []
+        layer_plan = plan.layers[layer.name]
+        writer = LayerWriter(layer, layer_plan, format, staging)
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        at_once = _rows_at_once(layer, layer_plan, format, info)
-        with _threads(1) if at_once < layer.rows else contextlib.nullcontext():
-            for weight in matrix.split(at_once):
-                wide = weight.to(torch.float32, copy=True)
-                done = transform([layer], [wide], {}, [layer_plan], plan.options)[0]
-                slices.append(format.encode(done, info))
+        at_once = rows_at_once(layer, layer_plan, format, info)
+        with threads(1) if at_once < layer.rows else contextlib.nullcontext():
+            for weight in _slices(source, layer, at_once, read_bytes):
+                done = transform([layer], [weight], {}, [layer_plan], plan.options)[0]
+                writer.write(format.encode(done, info))
                 lost += float(done.lost.sum())
                 energy += float(done.energy.sum())
-                kept += int(done.kept.sum()) if done.kept is not None else wide.numel()
+                kept += int(done.kept.sum()) if done.kept is not None else weight.numel()
                 notes |= dict.fromkeys(done.notes)
-        write_layer(layer, layer_plan, slices, format, staging)
+        writer.finish()
         rows.append(
             LayerRow.of(
                 layer,
@@ -150,8 +157,17 @@ def _transform_tensor(
     return rows
 
 
+def _slices(source: Source, layer: Layer, at_once: int, read_bytes: int) -> Generator[Tensor]:
+    """A layer's matrix in float32, so many rows at a time, read a few slices at a time."""
+    chunk = at_once * max(1, read_bytes // (4 * at_once * layer.width))
+    for start in range(0, layer.rows, chunk):
+        read = [*layer.read(source, start, min(start + chunk, layer.rows)).split(at_once)]
+        while read:
+            yield read.pop(0).float()
+
+
 @contextlib.contextmanager
-def _threads(number: int) -> Generator[None]:
+def threads(number: int) -> Generator[None]:
     """A slice is too small to share among threads: they would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -161,25 +177,29 @@ def _threads(number: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def write_layer(
-    layer: Layer,
-    plan: LayerPlan,
-    slices: Sequence[Mapping[str, Tensor]],
-    format: Format,
-    staging: Staging,
-) -> None:
-    """Write a layer that was encoded in slices of rows."""
-    for name in slices[0]:
-        tensor = torch.cat([part[name] for part in slices])
-        if layer.expert is None:
-            staging.write(name, tensor)
-        else:
-            staging.write(name, tensor[None], layer.expert)
-    for name, tensor in format.constants(layer, plan).items():
-        staging.write(name, tensor)
+class LayerWriter:
+    """Writes a layer that is encoded in slices of rows, each as soon as it is there."""
+
+    def __init__(self, layer: Layer, plan: LayerPlan, format: Format, staging: Staging) -> None:
+        self.layer = layer
+        self.plan = plan
+        self.format = format
+        self.staging = staging
+        self._rows: dict[str, int] = {}
+
+    def write(self, encoded: Mapping[str, Tensor]) -> None:
+        """Write the next rows."""
+        for name, rows in encoded.items():
+            self.staging.write(name, rows, self._rows.get(name, 0), self.layer.expert)
+            self._rows[name] = self._rows.get(name, 0) + len(rows)
+
+    def finish(self) -> None:
+        """Write what the weights have no part in."""
+        for name, tensor in self.format.constants(self.layer, self.plan).items():
+            self.staging.write(name, tensor)
 
 
-def _rows_at_once(layer: Layer, plan: LayerPlan, format: Format, info: TensorInfo) -> int:
+def rows_at_once(layer: Layer, plan: LayerPlan, format: Format, info: TensorInfo) -> int:
     """Rows of a slice; all of them where a method or the format needs them together."""
     apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
     if not apart or layer.layout == "conv1d" or format.whole(plan):

@@ -56,6 +56,16 @@ class Layer:
             tensor = tensor[self.expert]
         return tensor.T if self.layout == "conv1d" else tensor.reshape(self.rows, self.width)
 
+    def read(
+        self, source: Source, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "rows in"]:
+        """Rows of the layer's matrix, of which no more is read than its layout asks for."""
+        if self.layout == "conv1d":
+            return self.matrix(source.read(self.tensor))[start:stop].contiguous()
+        if self.expert is not None:
+            return source.read(self.tensor, self.expert, self.expert + 1)[0][start:stop]
+        return source.read(self.tensor, start, stop).flatten(1)
+
     def store(self, matrix: Float[Tensor, "out in"], shape: tuple[int, ...]) -> Tensor:
         """The matrix, or rows of it, as the tensor of `shape` lays them out (in one expert)."""
         if self.layout == "conv1d":

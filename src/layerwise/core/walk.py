@@ -5,16 +5,18 @@ transformed model, and the held-out text through the transformed one, the origin
 in bfloat16, which are the proof.  They are all that a stopped run needs to go on.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layerwise.core import memory
+from layerwise.core.activations import Activations, Stored, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Losses
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.evidence import Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
@@ -23,13 +25,15 @@ from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
-from layerwise.core.stream import copy_tensor, write_layer
+from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
 HELDOUT_FLOOR = "heldout_floor"
 # What most models are trained and served in: what it changes is noise that nobody minds.
 FLOOR_DTYPE = torch.bfloat16
+# Those that go through the blocks as they were.
+_ORIGINAL = {HELDOUT_BEFORE, HELDOUT_FLOOR}
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class Walked:
     """
 
     rows: list[LayerRow]
-    heldout: Tensor
-    heldout_before: Tensor
-    heldout_floor: Tensor | None
+    heldout: Activations
+    heldout_before: Activations
+    heldout_floor: Activations | None
 
 
 def walk(
@@ -61,6 +65,7 @@ def walk(
     heldout: Tensor,
     noise_floor: bool = False,
     candidates: Candidates | None = None,
+    economy: Economy = LAVISH,
 ) -> Walked:
     """Transform a model block by block and write it.
 
@@ -76,29 +81,27 @@ def walk(
         noise_floor: Carry the held-out text through the original in bfloat16 too.
         candidates: Has layers that were made before, if the plan is of what they see in the
             original model; takes those that are made now.
+        economy: What to hold on disk, and how much to take up at a time.
     """
+    runner = runner.running(economy.tokens)
     source = runner.source
     words = calibrated_words(plan.methods())
-    in_block, outside = _by_block(runner)
+    in_block, outside = by_block(runner)
     progress.stage("transform", len(runner.blocks))
-    started = {HELDOUT: heldout}
+    held = _Held(staging, economy)
     original = None
     if plan.inputs == "original":
-        original = _Original(runner, calibration)
-    elif calibration is not None:
-        started[CALIBRATION] = calibration
+        original = _Original(runner, held, calibration)
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
-    states = staging.state() if finished else None
-    if states is not None:
-        runner.start(heldout[:1])  # one window shows what blocks are called with
-        if noise_floor:
-            runner.start(heldout[:1], FLOOR_DTYPE)
+    resumed = staging.states() if finished else None
+    states: dict[str, Activations] = {}
+    if resumed is not None:
+        for dtype in (torch.float32, *([FLOOR_DTYPE] if noise_floor else [])):
+            runner.start(heldout[:1], dtype)  # one window shows what blocks are called with
+        states |= {name: one if economy.on_disk else one[:] for name, one in resumed.items()}
     else:
-        around = restored_outside(runner, format)
-        states = {name: runner.start(ids, changed=around) for name, ids in started.items()}
-        states[HELDOUT_BEFORE] = runner.start(heldout) if around else states[HELDOUT]
-        if noise_floor:
-            states[HELDOUT_FLOOR] = runner.start(heldout, FLOOR_DTYPE)
+        walking = None if original is not None else calibration
+        states |= _started(runner, format, held, heldout, walking, noise_floor=noise_floor)
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
@@ -107,23 +110,69 @@ def walk(
             ]
             progress.step(block)
             continue
-        names = in_block[block]
         layers = [one for one in found.layers.values() if runner.whole or one.block == block]
-        seen = functools.cache(
-            functools.partial(_evidence, runner, block, layers, words, states, original)
-        )
-        kept = candidates if original else None
-        transformed = _transform_block(source, found, plan, layers, seen, kept)
-        made = _carry_and_write(runner, format, staging, block, names, transformed, states)
-        del transformed, seen  # before the next block is read
+        work = _Block(runner, found, plan, format, staging, held, block, layers, states)
+        made = work.done(in_block[block], words, original, candidates if original else None)
+        del work  # before the next block is read
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
+        memory.settle()
         progress.step(block)
+    if original is not None:
+        original.drop()
     if "outside" not in staging.steps:
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
-        staging.finish_step("outside", {}, states)
+        staging.finish_step("outside", {})
     return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], states.get(HELDOUT_FLOOR))
+
+
+def _started(
+    runner: Runner,
+    format: Format,
+    held: "_Held",
+    heldout: Tensor,
+    calibration: Tensor | None,
+    *,
+    noise_floor: bool,
+) -> dict[str, Activations]:
+    """What the first block sees of all that is carried."""
+    around = restored_outside(runner, format)
+    begun = {
+        HELDOUT: (heldout, torch.float32, around),
+        HELDOUT_BEFORE: (heldout, torch.float32, None),
+    }
+    if noise_floor:
+        begun[HELDOUT_FLOOR] = (heldout, FLOOR_DTYPE, None)
+    if calibration is not None:
+        begun[CALIBRATION] = (calibration, torch.float32, around)
+    return {
+        name: held.keep("start", name, runner.starting(ids, dtype, changed), len(ids))
+        for name, (ids, dtype, changed) in begun.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Where activations are held between steps."""
+
+    staging: Staging
+    economy: Economy
+
+    def keep(
+        self,
+        step: str,
+        name: str,
+        parts: Iterable[Tensor],
+        windows: int,
+        into: Activations | None = None,
+        *,
+        aside: bool = False,
+    ) -> Activations:
+        """Activations as they come out of a step; `into` is what may be overwritten."""
+        if self.economy.on_disk:
+            return self.staging.store(step, name, parts, windows, aside=aside)
+        return filled(parts, windows, into if isinstance(into, Tensor) else None)
 
 
 @dataclass
@@ -131,58 +180,150 @@ class _Original:
     """The calibration text on its way through the original model, carried as far as is needed."""
 
     runner: Runner
+    held: _Held
     ids: Tensor | None
-    hidden: Tensor | None = None
+    hidden: Activations | None = None
     at: int = 0
 
-    def before(self, block: str) -> Tensor | None:
+    def before(self, block: str) -> Activations | None:
         """What a block sees; blocks are asked for in order."""
         if self.ids is None:
             return None
         if self.hidden is None:
-            self.hidden = self.runner.start(self.ids)
+            self._keep("start", self.runner.starting(self.ids))
         for earlier in self.runner.blocks[self.at : self.runner.blocks.index(block)]:
-            self.hidden = self.runner.forward(earlier, self.hidden, {})
+            assert self.hidden is not None
+            self._keep(_step(earlier), self.runner.carry(earlier, self.hidden, {}))
             self.at += 1
         return self.hidden
 
+    def _keep(self, step: str, parts: Iterable[Tensor]) -> None:
+        assert self.ids is not None
+        made = self.held.keep(step, CALIBRATION, parts, len(self.ids), self.hidden, aside=True)
+        self.drop()
+        self.hidden = made
 
-Evidence = Mapping[str, Mapping[str, object]]
-
-
-def _evidence(
-    runner: Runner,
-    block: str,
-    layers: Sequence[Layer],
-    words: frozenset[str],
-    states: Mapping[str, Tensor],
-    original: _Original | None,
-) -> Evidence:
-    """What calibration shows of a block's inputs."""
-    hidden = states.get(CALIBRATION) if original is None else original.before(block)
-    return gather(runner, block, layers, words, hidden)
+    def drop(self) -> None:
+        """Let go of what lies on disk."""
+        if isinstance(self.hidden, Stored):
+            self.hidden.path.unlink(missing_ok=True)
 
 
-def _carry_and_write(
-    runner: Runner,
-    format: Format,
-    staging: Staging,
-    block: str,
-    names: Sequence[str],
-    transformed: tuple[Mapping[str, Transformed], Mapping[str, Tensor]],
-    states: dict[str, Tensor],
-) -> list[LayerRow]:
-    """Carry the activations through a transformed block, and write it."""
-    done, folded = transformed
-    carried_over = _carried_over(runner.source, done, folded)
-    layered = {result.layer.tensor for result in done.values()}
-    untouched = [name for name in names if name not in layered and name not in carried_over]
-    changed = _restored_rest(runner.source, format, untouched)
-    changed |= _changed(runner.source, format, done, carried_over)
-    for name, hidden in list(states.items()):
-        carried = {} if name in (HELDOUT_BEFORE, HELDOUT_FLOOR) else changed
-        states[name] = runner.forward(block, hidden, carried)
-    return _write_block(runner.source, untouched, done, carried_over, format, staging)
+@dataclass
+class _Block:
+    """One block's work: it is transformed and written, and activations are carried through it.
+
+    What needs the block as it was goes first, and each group of layers is written when it is done,
+    so that the block is not held twice.  All that it takes is dropped with it.
+    """
+
+    runner: Runner
+    found: Structure
+    plan: Plan
+    format: Format
+    staging: Staging
+    held: _Held
+    block: str
+    layers: Sequence[Layer]
+    states: dict[str, Activations]
+
+    def done(
+        self,
+        names: Sequence[str],
+        words: frozenset[str],
+        original: _Original | None,
+        candidates: Candidates | None,
+    ) -> list[LayerRow]:
+        """Do it; `names` are all tensors of the block."""
+
+        def hidden() -> Activations | None:
+            return self.states.get(CALIBRATION) if original is None else original.before(self.block)
+
+        by_itself = self.held.economy.input_by_input
+        seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        self._carry([name for name in self.states if name in _ORIGINAL], {})
+        changed: dict[str, Tensor] = {}
+        rows = self._transform(seen, candidates, changed)
+        source = self.runner.source
+        untouched = [name for name in names if name not in changed]
+        changed |= _restored_rest(source, self.format, untouched)
+        self._carry([name for name in self.states if name not in _ORIGINAL], changed)
+        for name in untouched:
+            copy_tensor(source, source.tensors[name], self.format, self.staging)
+        return rows
+
+    def _carry(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
+        for name in names:
+            hidden = self.states[name]
+            parts = self.runner.carry(self.block, hidden, changed)
+            step = _step(self.block)
+            self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
+
+    def _transform(
+        self, seen: "_Seen", candidates: Candidates | None, changed: dict[str, Tensor]
+    ) -> list[LayerRow]:
+        """Transform every layer and write it.
+
+        What a loader of the output will make of the layers, and of the other tensors that scales
+        were folded into, is put into `changed`.
+        """
+        source = self.runner.source
+        rows: list[LayerRow] = []
+        folded: dict[str, Tensor] = {}
+        by_name = {layer.name: layer for layer in self.layers}
+        for group in consumers_first(list(by_input(self.layers).values()), by_name):
+            done = _transform_group(source, self.plan, group, folded, seen, candidates)
+            scale = done[0].input_scale
+            while done:
+                rows.append(self._finish_layer(done.pop(0), changed))
+            if scale is not None:
+                feeder = group[0].feeder
+                names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
+                tensors = {
+                    name: folded.get(name, source.read(name).float())
+                    for name in names
+                    if name in source.tensors
+                }
+                offset = self.found.family.norm_offset
+                folded |= fold(feeder, tensors, scale, norm_offset=offset)
+        for name, value in folded.items():
+            if name.endswith(".bias") or _layer_of(name) not in by_name:
+                self._write_rest(name, value, changed)
+        return rows
+
+    def _finish_layer(self, result: Transformed, changed: dict[str, Tensor]) -> LayerRow:
+        """Write a transformed layer, and note what a loader will make of it."""
+        layer, format = result.layer, self.format
+        info = self.runner.source.tensors[layer.tensor]
+        if not result.plan.steps and layer.expert is None:
+            self._write_rest(info.name, layer.store(result.weight, info.shape), changed)
+        else:
+            matrix = format.restored(result, info.dtype)
+            if layer.expert is None:
+                changed[info.name] = layer.store(matrix, info.shape)
+            else:
+                whole = changed.setdefault(info.name, torch.empty(info.shape))
+                whole[layer.expert] = matrix
+            writer = LayerWriter(layer, result.plan, format, self.staging)
+            writer.write(format.encode(result, info))
+            writer.finish()
+        return LayerRow.of(
+            layer,
+            result.plan,
+            info,
+            stored=format.size(layer, result.plan, info),
+            error=result.error,
+            density=1.0 if result.kept is None else float(result.kept.float().mean()),
+            notes=result.notes,
+        )
+
+    def _write_rest(self, name: str, value: Tensor, changed: dict[str, Tensor]) -> None:
+        """Write a tensor that stays what it was, with what was folded into it."""
+        info, format = self.runner.source.tensors[name], self.format
+        value = value.to(info.dtype)
+        changed[name] = format.restored_rest(info, value).float()
+        if (stored := format.rest(info)) is not None:
+            self.staging.write(stored.name, format.encode_rest(info, value))
 
 
 def _step(block: str) -> str:
@@ -192,7 +333,7 @@ def _step(block: str) -> str:
 def restored_outside(runner: Runner, format: Format) -> dict[str, Tensor]:
     """The tensors of no block that a loader of the output will see otherwise than they are."""
     source = runner.source
-    return _restored_rest(source, format, _by_block(runner)[1])
+    return _restored_rest(source, format, by_block(runner)[1])
 
 
 def _restored_rest(source: Source, format: Format, names: Iterable[str]) -> dict[str, Tensor]:
@@ -205,7 +346,7 @@ def _restored_rest(source: Source, format: Format, names: Iterable[str]) -> dict
     }
 
 
-def _by_block(runner: Runner) -> tuple[dict[str, list[str]], list[str]]:
+def by_block(runner: Runner) -> tuple[dict[str, list[str]], list[str]]:
     """The tensors of each block, and those of none."""
     source = runner.source
     inside: dict[str, list[str]] = {block: [] for block in runner.blocks}
@@ -221,45 +362,44 @@ def gather(
     block: str,
     layers: Sequence[Layer],
     words: frozenset[str],
-    hidden: Tensor | None,
+    hidden: Activations | None,
 ) -> Mapping[str, Mapping[str, object]]:
     """What calibration shows of every input in a block, by `Layer.reads`."""
     if hidden is None or not words:
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
-    runner.forward(block, hidden, {}, collectors)
+    for _ in runner.carry(block, hidden, {}, collectors):
+        pass
     return {reads: collectors[layer.name].evidence() for reads, layer in first.items()}
 
 
-def _transform_block(
-    source: Source,
-    found: Structure,
-    plan: Plan,
-    layers: Sequence[Layer],
-    seen: Callable[[], Evidence],
-    candidates: Candidates | None,
-) -> tuple[dict[str, Transformed], dict[str, Tensor]]:
-    """Every layer of a block, transformed, and the other tensors that scales were folded into."""
-    folded: dict[str, Tensor] = {}
-    done: dict[str, Transformed] = {}
-    by_name = {layer.name: layer for layer in layers}
-    for group in _consumers_first(list(by_input(layers).values()), by_name):
-        for result in _transform_group(source, plan, group, folded, seen, candidates):
-            done[result.layer.name] = result
-        scale = done[group[0].name].input_scale
-        if scale is not None:
-            feeder = group[0].feeder
-            names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
-            tensors = {
-                name: folded.get(name, source.read(name).float())
-                for name in names
-                if name in source.tensors
-            }
-            folded |= fold(feeder, tensors, scale, norm_offset=found.family.norm_offset)
-    vectors = {name: value for name, value in folded.items() if _layer_of(name) not in by_name}
-    biases = {name: value for name, value in folded.items() if name.endswith(".bias")}
-    return done, vectors | biases
+@dataclass
+class _Seen:
+    """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
+
+    Nothing is run before something is asked for.
+    """
+
+    runner: Runner
+    block: str
+    layers: Sequence[Layer]
+    words: frozenset[str]
+    hidden: Callable[[], Activations | None]
+    input_by_input: bool
+    all: dict[str, Mapping[str, object]] | None = None
+
+    def of(self, group: Sequence[Layer]) -> Mapping[str, object]:
+        """What they read, which is then dropped."""
+        reads = group[0].reads
+        if self.input_by_input:
+            return self._gather(group).get(reads, {})
+        if self.all is None:
+            self.all = dict(self._gather(self.layers))
+        return self.all.pop(reads, {})
+
+    def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
+        return gather(self.runner, self.block, layers, self.words, self.hidden())
 
 
 def _transform_group(
@@ -267,7 +407,7 @@ def _transform_group(
     plan: Plan,
     group: Sequence[Layer],
     folded: Mapping[str, Tensor],
-    seen: Callable[[], Evidence],
+    seen: _Seen,
     candidates: Candidates | None,
 ) -> list[Transformed]:
     """Layers that read one input, made before or now."""
@@ -283,7 +423,7 @@ def _transform_group(
         if len(known) == len(group):
             return known
     weights = [_weight(source, layer, folded) for layer in group]
-    evidence = seen().get(group[0].reads, {}) if any(one.steps for one in plans) else {}
+    evidence = seen.of(group) if any(one.steps for one in plans) else {}
     made = transform(group, weights, evidence, plans, plan.options)
     for result in made:
         if kept is not None and result.plan.steps:
@@ -297,7 +437,7 @@ def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
     return transform([layer], [_weight(source, layer, {})], {}, [plan], {})[0]
 
 
-def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
+def consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
     """Groups in an order in which no layer is transformed before scales are folded into it."""
     feeds = {group[0].feeder for group in groups if group[0].feeder in by_name}
     return sorted(groups, key=lambda group: any(layer.name in feeds for layer in group))
@@ -309,78 +449,4 @@ def _layer_of(tensor: str) -> str:
 
 def _weight(source: Source, layer: Layer, folded: Mapping[str, Tensor]) -> Tensor:
     tensor = folded.get(layer.tensor)
-    tensor = source.read(layer.tensor) if tensor is None else tensor
-    return layer.matrix(tensor).to(torch.float32, copy=True).contiguous()
-
-
-def _changed(
-    source: Source,
-    format: Format,
-    done: Mapping[str, Transformed],
-    carried_over: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The block's new tensors as a loader of the output will see them."""
-    changed = {
-        name: format.restored_rest(source.tensors[name], value).float()
-        for name, value in carried_over.items()
-    }
-    for result in done.values():
-        layer, info = result.layer, source.tensors[result.layer.tensor]
-        if info.name in carried_over:
-            continue
-        matrix = format.restored(result, info.dtype)
-        if layer.expert is None:
-            changed[info.name] = layer.store(matrix, info.shape)
-        else:
-            whole = changed.setdefault(info.name, torch.empty(info.shape))
-            whole[layer.expert] = matrix
-    return changed
-
-
-def _carried_over(
-    source: Source, done: Mapping[str, Transformed], folded: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Tensors that stay what they were, in the checkpoint's dtype, with what was folded into them.
-
-    The weights of layers that no step was done to are among them.
-    """
-    values = dict(folded)
-    for result in done.values():
-        layer = result.layer
-        if not result.plan.steps and layer.expert is None:
-            values[layer.tensor] = layer.store(result.weight, source.tensors[layer.tensor].shape)
-    return {name: value.to(source.tensors[name].dtype) for name, value in values.items()}
-
-
-def _write_block(
-    source: Source,
-    untouched: Sequence[str],
-    done: Mapping[str, Transformed],
-    carried_over: Mapping[str, Tensor],
-    format: Format,
-    staging: Staging,
-) -> list[LayerRow]:
-    rows: list[LayerRow] = []
-    for name in untouched:
-        copy_tensor(source, source.tensors[name], format, staging)
-    for name, value in carried_over.items():
-        info = source.tensors[name]
-        if (stored := format.rest(info)) is not None:
-            staging.write(stored.name, format.encode_rest(info, value))
-    for result in done.values():
-        info = source.tensors[result.layer.tensor]
-        if info.name not in carried_over:
-            write_layer(result.layer, result.plan, [format.encode(result, info)], format, staging)
-        density = 1.0 if result.kept is None else float(result.kept.float().mean())
-        rows.append(
-            LayerRow.of(
-                result.layer,
-                result.plan,
-                info,
-                stored=format.size(result.layer, result.plan, info),
-                error=result.error,
-                density=density,
-                notes=result.notes,
-            )
-        )
-    return rows
+    return (layer.read(source) if tensor is None else layer.matrix(tensor)).float().contiguous()

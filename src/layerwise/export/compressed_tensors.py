@@ -61,6 +61,8 @@ class CompressedTensors(Format):
     packages = ("compressed_tensors",)
     directory = True
     adapts = True
+    packs = True
+    unpacking = 16.0
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse what the format has no place for."""

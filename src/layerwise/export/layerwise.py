@@ -33,6 +33,7 @@ class Layerwise(Format):
 
     # A loader that does not know the format finds no weights, instead of loading noise.
     stem = NAME
+    unpacking = 24.0
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Refuse experts that share one 3-D tensor."""

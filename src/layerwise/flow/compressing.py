@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from layerwise import export
 from layerwise.core import memory
+from layerwise.core.activations import filled
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
+from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
@@ -33,19 +35,19 @@ from layerwise.flow.identity import candidates_of, run_identity
 from layerwise.flow.loading import answers, load, loader_of
 from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
+    PROOF_WINDOWS,
     Prepared,
     Proving,
     Texts,
     check,
     check_disk,
-    foresee,
     prepare,
 )
+from layerwise.flow.promising import foresight, promised
 from layerwise.flow.proving import predicted
 from layerwise.flow.wish import Wish
 from layerwise.report.html import html
 
-PROOF_WINDOWS = 8
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
 # point or order of codes moves it by far more than this.
 ALLOWED = 1e-4
@@ -60,6 +62,7 @@ def compress(
     *,
     plan: Path | Plan | None = None,
     proof: Proving = "auto",
+    max_memory: str = "",
     cache: Cache,
     layer_windows: int = 4,
     device: str = "cpu",
@@ -77,6 +80,7 @@ def compress(
         progress: Is told of the stages.
         plan: A plan, or the file of one.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
+        max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         cache: Where results are kept for other budgets.
         layer_windows: Windows of the proof's text on which each layer's own KL is measured, when
             a budget was shared out; 0 leaves that out.
@@ -92,6 +96,8 @@ def compress(
     begun, used = time.perf_counter(), memory.cpu_seconds()
     target = Path(os.path.abspath(Path(out).expanduser()))  # "new/.." is no place for an output
     check_target(target)
+    if max_memory:
+        memory_limit(max_memory)  # what is no amount is refused before anything is read
     source = open_source(model)
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
@@ -112,13 +118,18 @@ def compress(
     planned = make_plan(prepared, wish, candidates, progress) if ready is None else Planned(ready)
     ready = planned.plan
     arrangement = check(prepared, ready)
-    check_disk(target, arrangement.size)
-    foreseen = foresee(prepared, ready, arrangement.size)
+    apart = layer_windows if planned.curves else 0
+    seen = foresight(prepared, ready, arrangement.size, apart=apart)
+    economy, foreseen = promised(seen, max_memory)
+    check_disk(target, foreseen.disk_bytes)
+    progress.tell(foreseen.words())
     working = time.perf_counter()
     staging = stage(target, arrangement, run_identity(prepared, ready), restart=restart)
     with staging:
+        if prepared.runner is not None:
+            prepared = replace(prepared, runner=prepared.runner.running(economy.tokens))
         rows, compared, answered = _transform(
-            prepared, ready, format, staging, candidates, progress
+            prepared, ready, format, staging, candidates, progress, economy
         )
         prediction = None
         if layer_windows and compared and planned.curves:
@@ -126,7 +137,9 @@ def compress(
                 prepared, planned, rows, compared[0], candidates, layer_windows, progress
             )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
-        proved = _prove(prepared, ready, staging.folder, answered, progress, trust_remote_code)
+        proved = _prove(
+            prepared, ready, staging.folder, answered, progress, trust_remote_code, economy
+        )
         report = Report(
             model=source.label,
             out=str(out),
@@ -144,10 +157,11 @@ def compress(
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
             noise_floor=compared[1] if len(compared) > 1 else None,
-            notes=[*planned.notes, *_notes(prepared, ready), *cache.notes],
+            notes=[*planned.notes, *_notes(prepared, ready), *economy.notes(), *cache.notes],
             prediction=prediction,
             environment=environment(str(prepared.runner.device) if prepared.runner else "cpu"),
             recipe=recipe or {"compress": _asked(source, out, wish, texts, plan)},
+            disk_bytes=staging.most_bytes,
         )
         told = json.dumps(report.as_json(), indent=2) + "\n"
         staging.add({"report.json": told.encode(), "report.html": html(report).encode()})
@@ -187,6 +201,7 @@ def _transform(
     staging: Staging,
     candidates: Candidates,
     progress: Progress,
+    economy: Economy,
 ) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None]:
     """Write the tensors; if the model was run, compare it, and give the logits of the proof.
 
@@ -194,7 +209,7 @@ def _transform(
     """
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
-        rows = stream(prepared.source, prepared.found, plan, format, staging, progress)
+        rows = stream(prepared.source, prepared.found, plan, format, staging, progress, economy)
         return rows, (), None
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
@@ -210,12 +225,14 @@ def _transform(
         heldout=carried,
         noise_floor=prepared.noise_floor,
         candidates=candidates,
+        economy=economy,
     )
     if heldout is None:
         return walked.rows, (), None
     around = restored_outside(runner, format)
-    shown = slice(PROOF_WINDOWS)
-    first = torch.cat(list(runner.logits(walked.heldout[shown], heldout.ids[shown], around)))
+    shown = heldout.ids[:PROOF_WINDOWS]
+    parts = runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around)
+    first = filled(parts, len(shown))
     # Only a text is compared here: what else a model answers is proven, and no more.
     if runner.whole or first.dim() != 3:
         return walked.rows, (), first
@@ -225,10 +242,12 @@ def _transform(
 def _compare(
     runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
 ) -> list[Comparison]:
-    results = [runner.logits(walked.heldout, heldout.ids, around)]
+    outer = runner.outer()
+    changed = None if around else outer
+    results = [runner.logits(walked.heldout, heldout.ids, around, changed)]
     if walked.heldout_floor is not None:
         results.append(runner.logits(walked.heldout_floor, heldout.ids, {}))
-    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}))
+    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}, outer))
 
 
 def _small_files(
@@ -254,6 +273,7 @@ def _prove(
     expected: Tensor | None,
     progress: Progress,
     trust_remote_code: bool,
+    economy: Economy,
 ) -> Proof | None:
     """Load the files back with the loader their users will have, and compare.
 
@@ -263,6 +283,7 @@ def _prove(
     if expected is None or prepared.heldout is None:
         return None
     progress.stage("load back", 1)
+    memory.settle()
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
@@ -270,14 +291,19 @@ def _prove(
             name: written.read(name) for name in written.tensors
         }
         assert prepared.runner is not None
-        found = prepared.runner.answer(tensors, ids)
+        found: Iterable[Tensor] = [prepared.runner.answer(tensors, ids)]
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)
-        found = torch.cat(list(answers(model, ids)))
+        found = answers(model, ids, economy.tokens)
         loader = loader_of(written, model)
+    difference, at = 0.0, 0
+    for part in found:
+        differs = (part.float() - expected[at : at + len(part)]).abs().max()
+        # NaN is no difference that `max` would keep.
+        difference = float("nan") if differs.isnan() else max(difference, float(differs))
+        at += len(part)
     progress.step("load back")
-    difference = float((found.float() - expected).abs().max())
     allowed = ALLOWED * float(expected.abs().max())
     if not difference <= allowed:
         raise RuntimeError(

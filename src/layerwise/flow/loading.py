@@ -12,11 +12,10 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
-
-_BATCH_TOKENS = 4096
 
 
 def load(
@@ -134,13 +133,15 @@ def need_packages(format: Format, purpose: str) -> None:
             need(package, purpose)
 
 
-def answers(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """Logits of a loaded model, batch after batch of at most `_BATCH_TOKENS`."""
-    for part in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
+def answers(model: Any, ids: Tensor, tokens: int = MICRO_BATCH_TOKENS) -> Iterator[Tensor]:
+    """Logits of a loaded model, batch after batch of about so many tokens at most."""
+    vocabulary = int(getattr(model.config, "vocab_size", 0))
+    options = {"use_cache": False} if getattr(model, "can_generate", bool)() else {}
+    for part in ids.split(windows_at_once(ids.shape[1], vocabulary, tokens)):
         # What some loaders compile for a few windows takes longer than all of them.
         eagerly = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), _without_bars(), eagerly:
-            found = model(part).logits
+            found = model(part, **options).logits
         # Yielded outside: a generator left half-way must not hold the caller's grad mode.
         yield found
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from layerwise import builtin, export
-from layerwise.core import catalogue
+from layerwise.core import catalogue, memory
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
-from layerwise.core.forecast import Forecast, forecast
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.runner import Runner
@@ -26,6 +25,8 @@ from layerwise.export.servers import check_server
 from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
+# Windows whose logits are compared after the files are loaded back.
+PROOF_WINDOWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ def prepare(
         UserError: A text that a method needs is not there, the model cannot run, or what loads
             `format` back for the proof is not installed.
     """
+    memory.settle()
     device = _device(device)
     needy = [method.id for method in methods if method.needs == "calibration"]
     text = texts.calibration
@@ -206,23 +208,8 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     return format.arrange(tensors)
 
 
-def foresee(prepared: Prepared, plan: Plan, size: int) -> Forecast:
-    """What carrying out a plan will take, if its output has this size in bytes."""
-    calibration = prepared.calibration.tokens if prepared.calibration else 0
-    heldout = prepared.heldout.tokens if prepared.heldout else 0
-    return forecast(
-        prepared.source,
-        prepared.found,
-        plan,
-        size,
-        runs=prepared.heldout is not None or prepared.calibration is not None,
-        tokens=calibration + (3 if prepared.noise_floor else 2) * heldout,
-        proof=heldout,
-    )
-
-
 def check_disk(out: Path, size: int) -> None:
-    """Refuse an output that its disk has no room for.
+    """Refuse a run that the disk of its output has no room for.
 
     Raises:
         UserError: There is less free than `size` bytes, what a stopped run holds counted as free.

@@ -265,6 +265,7 @@ def _forecast(report: Report) -> Table | None:
     measured = (
         ("size_bytes", "weight files", report.bytes_after, size),
         ("peak_bytes", "peak memory", report.peak_bytes, size),
+        ("disk_bytes", "most disk", report.disk_bytes, size),
         ("seconds", "time after the plan was made", report.work_seconds, seconds),
     )
     rows = [

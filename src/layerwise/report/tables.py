@@ -99,10 +99,7 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
 
 def forecast_line(foreseen: Forecast) -> Text:
     """What carrying out a plan will take."""
-    return Text(
-        f"carrying it out: about {foreseen.seconds:.0f} s, {_mb(foreseen.peak_bytes)} MB of memory "
-        f"at most, weight files of {_mb(foreseen.size_bytes)} MB"
-    )
+    return Text(foreseen.words())
 
 
 def layer_table(report: Report) -> Table:
@@ -160,10 +157,15 @@ def summary(report: Report) -> Group:
         )
     foreseen = report.forecast
     table.add_row(
-        "seconds (forecast, measured)", f"{foreseen['seconds']:.1f}", f"{report.work_seconds:.1f}"
+        "seconds (forecast, measured)",
+        f"about {foreseen['seconds']:.0f}",
+        f"{report.work_seconds:.1f}",
     )
     table.add_row(
         "peak MB (forecast, measured)", _mb(foreseen["peak_bytes"]), _mb(report.peak_bytes)
+    )
+    table.add_row(
+        "disk MB (forecast, measured)", _mb(foreseen["disk_bytes"]), _mb(report.disk_bytes)
     )
     lines = [Text(f"{report.model} -> {report.out} ({report.format})")]
     if seen := report.comparison:
