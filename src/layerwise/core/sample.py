@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.optimize import nnls
 
 # What torch.profiler is made of; there is no public way to be told of allocations alone.
