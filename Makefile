@@ -6,7 +6,7 @@ LLAMA := .venv-llama
 TORCH := torch==2.13.0
 export LAYERWISE_ASSETS ?= $(wildcard ../shared/assets)
 
-.PHONY: demo test check claims docs bench interop env clean
+.PHONY: demo test check claims docs bench interop gptq env clean
 
 env: $(VENV)/.ready
 
@@ -40,6 +40,13 @@ docs: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py
+
+# GPTQModel reads GPTQ files back in the tests; what it asks for of torch is newer than it needs.
+GPTQ := gptqmodel pypcre logbar device-smi tokenicer defuser
+gptq: env
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt optimum
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	  --no-deps $(GPTQ)
 
 # llama.cpp is built from the source package of llama-cpp-python: that takes cmake and a compiler.
 interop: env $(LLAMA)/.ready

@@ -94,7 +94,8 @@ def test_a_budget_is_never_exceeded_whatever_may_be_chosen(make_llama, tmp_path,
         prepared, _, made = planned(model, budget=f"{share}%", **wish)
         size = check(prepared, made.plan).size
         assert size <= before * share / 100
-        assert size > before * (share - 6) / 100
+        # The dearest step there is, of one item, was not affordable any more.
+        assert size > before * (share - 12) / 100
 
 
 def test_true_bytes_of_every_combination(llama):

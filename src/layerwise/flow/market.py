@@ -163,8 +163,9 @@ def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> None:
         return
     found, format = prepared.found, export.get(wish.format, prepared.source)
     suited = {
-        name: for_layer(level, layer) if _held([layer], level, format, found) else LayerPlan()
-        for name, layer in found.layers.items()
+        layer.name: for_layer(level, layer) if _held(item, level, format, found) else LayerPlan()
+        for item in found.items()
+        for layer in item
     }
     if not any(layer.steps for layer in suited.values()):
         suited = {name: for_layer(level, layer) for name, layer in found.layers.items()}
