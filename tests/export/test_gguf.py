@@ -194,7 +194,7 @@ def test_slices_of_rows_write_the_same(llama, tmp_path, monkeypatch):
     wish = {"bits": 4, "format": "gguf", "proof": "none"}
     lw.compress(llama, tmp_path / "whole", **wish)
     monkeypatch.setattr("layerwise.core.stream.SLICE_ENTRIES", 64)
-    monkeypatch.setattr("layerwise.core.stream._COPY_BYTES", 64)
+    monkeypatch.setattr("layerwise.core.stream.copy_tensor.__defaults__", (64,))
     lw.compress(llama, tmp_path / "sliced", **wish)
     files = [tmp_path / name / "model.gguf" for name in ("whole", "sliced")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -546,4 +546,4 @@ def test_evaluate_reads_text_with_the_result(tmp_path):
     source = open_checkpoint(tmp_path / "out")
     assert windows(source, "builtin", samples=2, length=32).ids.shape == (2, 32)
     found = lw.evaluate(tmp_path / "out", against=model, samples=4, length=64)
-    assert found.kl == pytest.approx(report.comparison.kl, rel=0.3)
+    assert found.text.kl == pytest.approx(report.comparison.kl, rel=0.3)

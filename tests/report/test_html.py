@@ -73,7 +73,7 @@ def big() -> str:
 def real(llama, tmp_path_factory) -> Path:
     """The output of a real run, on a budget and compared with its original."""
     out = tmp_path_factory.mktemp("real") / "out"
-    wish = {"budget": "4bits", "group": 16, "levels": (2, 3, 4, 8), "format": "layerwise"}
+    wish = {"budget": "4bits", "group": 16, "allow": {"bits": (2, 3, 4, 8)}, "format": "layerwise"}
     lw.compress(llama, out, **wish, length=32, samples=4, text_samples=4)
     return out
 
