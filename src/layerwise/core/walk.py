@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.core import memory
+from layerwise.core import catalogue, memory
 from layerwise.core.activations import Activations, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.checkpoint import Source
@@ -205,12 +205,21 @@ class _Seen:
         input_by_input: bool,
     ) -> None:
         self._gather = functools.partial(gather, runner, block, words=words, hidden=hidden)
+        self._input_by_input = input_by_input
         self._all = {} if input_by_input else dict(self._gather(layers))
+        self._done: set[str] = set()
 
     def of(self, group: Sequence[Layer]) -> Mapping[str, object]:
-        """What they read, which is then dropped."""
+        """What these layers read; what others read that came before is dropped."""
         reads = group[0].reads
-        return self._all.pop(reads, {}) if self._all else self._gather(group).get(reads, {})
+        if self._input_by_input and reads not in self._all:
+            self._all = {}
+            self._all = dict(self._gather(group))
+        self._all = {
+            one: seen for one, seen in self._all.items() if one not in self._done - {reads}
+        }
+        self._done.add(reads)
+        return self._all.get(reads, {})
 
 
 def _transform_block(
@@ -232,7 +241,7 @@ def _transform_block(
     folded: dict[str, Tensor] = {}
     changed: dict[str, Tensor] = {}
     by_name = {layer.name: layer for layer in layers}
-    for group in consumers_first(list(by_input(layers).values()), by_name):
+    for group in together(layers, plan):
         weights = [_weight(source, layer, folded) for layer in group]
         plans = [plan.layers[layer.name] for layer in group]
         done = transform(group, weights, seen.of(group), plans, plan.options)
@@ -284,7 +293,23 @@ def _finish_layer(
     )
 
 
-def consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
+def together(layers: Sequence[Layer], plan: Plan) -> list[list[Layer]]:
+    """Layers of a block that are transformed together, in an order that lets scales be folded.
+
+    Those that read one input are: what their methods make of it is made once.  Methods that read
+    nothing but weights share nothing.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    made: list[list[Layer]] = []
+    for group in _consumers_first(list(by_input(layers).values()), by_name):
+        steps = (id for layer in group for id, _ in plan.layers[layer.name].steps)
+        methods = [catalogue.get(id) for id in steps]
+        shared = calibrated_words(methods) or any(method.rows == "input" for method in methods)
+        made += [group] if shared else [[layer] for layer in group]
+    return made
+
+
+def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
     """Groups in an order in which no layer is transformed before scales are folded into it."""
     feeds = {group[0].feeder for group in groups if group[0].feeder in by_name}
     return sorted(groups, key=lambda group: any(layer.name in feeds for layer in group))
