@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LLAMA := .venv-llama
 TORCH := torch==2.13.0
 export LAYERWISE_ASSETS ?= $(wildcard ../shared/assets)
 
-.PHONY: demo test check claims docs bench env clean
+.PHONY: demo test check claims docs bench interop env clean
 
 env: $(VENV)/.ready
 
@@ -40,5 +41,15 @@ docs: env
 bench: env
 	$(BIN)/python benchmarks/run.py
 
+# llama.cpp is built from the source package of llama-cpp-python: that takes cmake and a compiler.
+interop: env $(LLAMA)/.ready
+	$(BIN)/python scripts/interop.py --llama $(LLAMA)/bin/python
+
+$(LLAMA)/.ready:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install -q --disable-pip-version-check \
+	  --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(LLAMA) demo

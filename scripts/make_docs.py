@@ -1,6 +1,6 @@
-"""Write the pages that are generated: one per method, and the list of claims.
+"""Write the pages that are generated: one per method, servers' rules, and the list of claims.
 
-python scripts/make_docs.py                     # methods
+python scripts/make_docs.py                     # methods and servers
 python scripts/make_docs.py --claims            # the claims too; runs them all (minutes)
 python scripts/make_docs.py --check             # fail if a method's page would be another
 python scripts/make_docs.py --claims --check    # fail if a claim's verdict would be another
@@ -8,11 +8,13 @@ python scripts/make_docs.py --claims --check    # fail if a claim's verdict woul
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerwise.cli.screen import Bars, console
 from layerwise.core import catalogue
+from layerwise.core.catalogue import Codes
+from layerwise.export.servers import SERVERS
 from layerwise.report import claims_table, page
 from layerwise.testing.claims import NOT_HERE, Verdict, check_claims
 
@@ -98,7 +100,55 @@ def _pages() -> dict[Path, str]:
             link = f"[{method.id}]({verb}/{method.name}.md)"
             index.append(f"| {link} | {method.needs} | {method.summary} | {lines} |")
     pages[DOCS / "methods" / "index.md"] = "\n".join(index) + "\n"
+    pages[DOCS / "servers.md"] = _servers()
     return pages
+
+
+def _servers() -> str:
+    lines = [
+        "# Servers",
+        "",
+        "Written by `make docs` from `export/servers.py`. `--server NAME` holds a plan to these",
+        "rules before any work; a plan file keeps the name: an edited plan is held to them again.",
+        "Without `--format` the first format of the server is written. A dash is whatever the",
+        "format holds. No server loads files that leave pruned weights out (`--format layerwise`):",
+        "the others store zeros in full. Layers that a server fuses (q/k/v, gate/up) have one grid",
+        "in every plan.",
+        "",
+        "Low-rank corrections lie in `OUT/adapter/`, a PEFT LoRA adapter with a scaling of 1.",
+        "`layerwise.load` and `layerwise evaluate` load both. By hand:",
+        "",
+        "- vLLM: `vllm serve OUT --enable-lora --max-lora-rank N --lora-modules new=OUT/adapter`,",
+        "  N the next of 1, 8, 16, 32, 64, 128, 256, 320, 512; then ask for the model `new`.",
+        "- peft: `PeftModel.from_pretrained(model, 'OUT/adapter')`, over compressed-tensors with a",
+        "  model loaded with `quantization_config=CompressedTensorsConfig(dequantize=True)`.",
+        "",
+        "| server | format | bits | groups (0: a row) | zero points | rank up to | one grid in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sources: list[str] = []
+    for server, formats in SERVERS.items():
+        for format, rules in formats.items():
+            cells = (
+                server,
+                format,
+                _by_codes(rules.widths),
+                _by_codes(rules.groups),
+                "no" if rules.symmetric else "-",
+                "-" if rules.rank is None else str(rules.rank),
+                {"model": "all layers", "experts": "a block's experts", "fused": "-"}[rules.alike],
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+            for rule, source in rules.sources.items():
+                sources.append(f"- {server}, {format}, {rule}: {source}")
+    return "\n".join([*lines, "", "Where the rules were found:", "", *sources]) + "\n"
+
+
+def _by_codes(allowed: Mapping[Codes, Sequence[int]] | None) -> str:
+    if allowed is None:
+        return "-"
+    listed = {codes: ", ".join(map(str, numbers)) for codes, numbers in allowed.items()}
+    return "; ".join(f"{codes} {numbers}" for codes, numbers in listed.items())
 
 
 def _claims(verdicts: list[Verdict]) -> str:

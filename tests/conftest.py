@@ -1,7 +1,7 @@
 """Tiny random checkpoints for tests that need files."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, runtime_checkable
 
@@ -22,6 +22,14 @@ def pytest_configure() -> None:
     from layerwise.core.progress import Progress
 
     runtime_checkable(Progress)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Nothing that tests keep is the user's, and nothing of the user's is found by tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from layerwise.core.catalogue import VERBS
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "layerwise"
-ROOMS = (*VERBS, "export", "flow", "report", "testing", "cli")
+ROOMS = (*VERBS, "evaluate", "export", "flow", "report", "testing", "cli")
 METHODS = [
     file for verb in VERBS for file in sorted((SOURCE / verb).glob("*.py")) if file.name[0] != "_"
 ]
@@ -29,6 +29,13 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", sorted((SOURCE / "core").glob("*.py")), ids=lambda f: f.name)
 def test_core_imports_no_other_room(file):
     assert not {name for name in imports(file) if name.split(".")[1] in ROOMS}
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "evaluate").glob("*.py")), ids=lambda f: f.name)
+def test_evaluation_imports_core_and_itself(file):
+    """What it judges is given to it, loaded; only the room's own call names the library."""
+    rooms = {name.split(".")[1] for name in imports(file)} - {"core", "evaluate"}
+    assert rooms <= ({"api"} if file.name == "__init__.py" else set())
 
 
 @pytest.mark.parametrize("file", METHODS, ids=lambda f: f"{f.parent.name}/{f.stem}")

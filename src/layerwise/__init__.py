@@ -3,17 +3,28 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `evaluate`; and
-`forecast`, which says what carrying out a plan takes, and `load`, for a model of any format.
+The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
+`evaluate`; and `forecast`, which says what carrying out a plan takes, and `load`, for a model of
+any format.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan
+    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan, sweep
     from layerwise.core.errors import UserError
 
-__all__ = ["UserError", "compress", "evaluate", "forecast", "load", "measure", "open", "plan"]
+__all__ = [
+    "UserError",
+    "compress",
+    "evaluate",
+    "forecast",
+    "load",
+    "measure",
+    "open",
+    "plan",
+    "sweep",
+]
 __version__ = "0.1.0"
 
 

@@ -1,5 +1,6 @@
 """The library: what the command line does, in as few lines of Python."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,24 +9,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.core import cache as caches
 from layerwise.core import catalogue
-from layerwise.core.checkpoint import Checkpoint, Source, open_checkpoint, open_source
+from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
-from layerwise.core.outcome import Comparison, Report
+from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.structure import Structure, structure
-from layerwise.core.text import Text, windows
+from layerwise.core.text import Text
+from layerwise.evaluate.pictures import Images
+from layerwise.evaluate.tasks import Tasks
+from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
-from layerwise.flow.evaluating import answers, compare
-from layerwise.flow.evaluating import load as _load
-from layerwise.flow.planning import Wish, check_level, make_plan
+from layerwise.flow.identity import candidates_of
+from layerwise.flow.market import check_level
+from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
-from layerwise.flow.survey import Survey, survey
+from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.sweeping import Setting, points_of, publish
+from layerwise.flow.sweeping import sweep as _sweep
+from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
+CACHE_BYTES = 20 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +103,10 @@ def measure(
     )
     for level in tried:
         check_level(prepared, wanted, level)
-    ids = prepared.calibration.ids if prepared.calibration else None
+    layers = opened.structure.layers.items()
     return survey(
-        prepared.source,
-        prepared.found,
-        prepared.runner,
-        ids,
-        levels=tried,
+        prepared,
+        {name: [for_layer(level, layer) for level in tried] for name, layer in layers},
         options=wanted.options,
         measures=chosen,
         progress=progress or Silent(),
@@ -113,6 +119,10 @@ def plan(
     calibration: Text | None = None,
     samples: int = 64,
     length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -125,6 +135,10 @@ def plan(
         calibration: Text to gather evidence on.
         samples: Windows of it.
         length: Tokens per window.
+        text: Text that a limit on the KL is to hold on.
+        text_samples: Windows of it.
+        cache: Keep what is made of layers, so that another budget takes seconds.
+        cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
         progress: Is told of each block.
@@ -139,12 +153,15 @@ def plan(
         opened.source,
         opened.structure,
         wanted.methods(),
-        Texts(calibration, samples, length),
-        proof="none",
+        Texts(calibration, samples, length, text, text_samples),
+        learning=wanted.learning,
+        proof="none" if wanted.max_kl is None else "auto",
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    made = make_plan(prepared, wanted, progress or Silent())
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        candidates = candidates_of(prepared, kept)
+        made = make_plan(prepared, wanted, candidates, progress or Silent()).plan
     check(prepared, made)
     return made
 
@@ -158,6 +175,7 @@ def forecast(
     length: int = 256,
     text: Text | None = None,
     text_samples: int = 32,
+    noise_floor: bool = True,
     proof: Proving = "auto",
     max_memory: str = "",
     device: str = "cpu",
@@ -173,6 +191,7 @@ def forecast(
         length: Tokens per window.
         text: Text to compare on.
         text_samples: Windows of it.
+        noise_floor: Whether the original in bfloat16 would be compared with itself.
         proof: What would be proven.
         max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
         device: Where the block at work would be put.
@@ -186,7 +205,7 @@ def forecast(
         opened.source,
         opened.structure,
         plan.methods(),
-        Texts(calibration, samples, length, text, text_samples),
+        Texts(calibration, samples, length, text, text_samples, noise_floor),
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -205,8 +224,12 @@ def compress(
     length: int = 256,
     text: Text | None = None,
     text_samples: int = 32,
+    noise_floor: bool = True,
     proof: Proving = "auto",
     max_memory: str = "",
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    layer_windows: int = 4,
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -225,8 +248,13 @@ def compress(
         length: Tokens per window.
         text: Text to compare on; by default one that calibration did not see.
         text_samples: Windows of it.
+        noise_floor: Compare the original in bfloat16 with itself too: what no one minds.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
         max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
+        cache: Keep what is made of layers, so that another budget takes seconds.
+        cache_bytes: Most that all that is kept may take.
+        layer_windows: Windows of the text on which each layer's own KL is measured, when a
+            budget was shared out; 0 leaves that out.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -242,20 +270,102 @@ def compress(
             f"the plan says what to do, and {sorted(wish)[0]} says it too.",
             "Leave one out, or change the plan.",
         )
-    return _compress(
-        model,
-        out,
-        Wish(**wish),
-        Texts(calibration, samples, length, text, text_samples),
-        progress or Silent(),
-        plan=Path(plan) if isinstance(plan, str) else plan,
-        proof=proof,
-        max_memory=max_memory,
-        device=device,
-        restart=restart,
-        trust_remote_code=trust_remote_code,
-        recipe=recipe,
-    )
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        return _compress(
+            model,
+            out,
+            Wish(**wish),
+            Texts(calibration, samples, length, text, text_samples, noise_floor),
+            progress or Silent(),
+            plan=Path(plan) if isinstance(plan, str) else plan,
+            proof=proof,
+            max_memory=max_memory,
+            cache=kept,
+            layer_windows=layer_windows,
+            device=device,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            recipe=recipe,
+        )
+
+
+def sweep(
+    model: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str],
+    budgets: Sequence[str] = (),
+    uniform: bool = False,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 32,
+    processes: int = 1,
+    ray: str = "",
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    **wish: Any,
+) -> Sweep:
+    """Try methods and budgets on a model, on one calibration, and write what came of it.
+
+    The directory holds a plan for every point, which `compress` carries out in seconds: what the
+    sweep made of layers is kept.
+
+    Args:
+        model: Path, hub id or `builtin:tiny`.
+        out: Directory to make; must not exist.
+        methods: Quantizers.
+        budgets: As `compress` takes them; bare numbers are bits.
+        uniform: Add every allowed width for all layers alike.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text to compare on; by default one that calibration did not see.
+        text_samples: Windows of it.
+        processes: Find points in so many processes.
+        ray: Find them on the Ray cluster at this address; "auto" for the one that is there, or
+            one of this machine alone.
+        cache: Keep what is made of layers for other runs.
+        cache_bytes: Most that all that is kept may take.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of the stages.
+        recipe: What to write beside the output as recipe.yaml.
+        wish: Fields of `Wish` that all points share: allow, group, density, sensitivity, format …
+
+    Raises:
+        UserError: Something is not as it must be.
+    """
+    points = points_of(wish, methods, budgets, uniform)
+    used = {method.id for point in points for method in point.wish.methods()}
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        setting = Setting(
+            str(model),
+            Texts(calibration, samples, length, text, text_samples),
+            device,
+            trust_remote_code,
+            str(kept.folder),
+            cache_bytes,
+            sorted(used),
+            [name for point in points for name in point.wish.learning],
+        )
+        target = Path(os.path.abspath(Path(out).expanduser()))
+        found = _sweep(
+            setting,
+            points,
+            target,
+            progress or Silent(),
+            processes=processes,
+            ray=ray,
+            recipe=recipe or {},
+        )
+        publish(found, target)
+    return found
 
 
 def load(
@@ -274,54 +384,66 @@ def load(
     Raises:
         UserError: It is not there, or a package it needs is missing.
     """
-    return _loaded(open_checkpoint(model), dtype, trust_remote_code)
-
-
-def _loaded(source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    try:
-        return _load(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
-        raise UserError(
-            f"transformers cannot load {source.label}: {error}",
-            "See what it says; the checkpoint or its config.json may be damaged.",
-        ) from error
+    return load_or_say(open_checkpoint(model), dtype, trust_remote_code)
 
 
 def evaluate(
-    model: str | Path,
+    model: Model,
     *,
-    against: str | Path | None = None,
-    text: Text = "builtin",
+    against: Model | None = None,
+    text: Text | None = None,
     samples: int = 128,
     length: int = 256,
+    noise_floor: bool = True,
+    tasks: str | Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    include_path: str | Path | None = None,
+    cache: bool = True,
+    images: Images | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     trust_remote_code: bool = False,
-) -> Comparison:
-    """Perplexity of a model on a text, and its divergence from another one.
+) -> Evaluation:
+    """How good a model is: on text, on tasks, on images; and how far from another one.
 
-    Both are loaded with transformers, as their users will load them.
+    Checkpoints are loaded with transformers, as their users will load them.  Without tasks and
+    images, a text is read: perplexity, and with an original KL and top-1 agreement.
 
     Args:
-        model: Path, hub id or `builtin:tiny`; quantized ones too.
+        model: Path, hub id or `builtin:tiny`, quantized ones too; for images also a module.
         against: The model it was made from.
-        text: Held-out text.
+        text: Held-out text; the built-in one if neither tasks nor images are given.
         samples: Windows of it.
         length: Tokens per window.
+        noise_floor: Compare the original in bfloat16 with itself on the same windows: one more
+            forward pass of it.  What is below that, no one who serves in bfloat16 can see.
+        tasks: Tasks of lm-eval, as a list or comma separated.
+        limit: First items of each task.
+        num_fewshot: Solved examples before each item; by default what the task says.
+        batch_size: Items answered at once.
+        include_path: Directory of YAML files with more tasks.
+        cache: Take task results of an earlier run with the same weights, and keep new ones.
+        images: An .npz file with `x` and `y`, a folder of class folders, or arrays `(x, y)`.
+        mean: Mean of each channel, of values from 0 to 1; by default what the checkpoint says, and
+            for a module no normalisation.
+        std: Standard deviation of each channel.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
-        UserError: A model or the text is not there, or the two have different vocabularies.
+        UserError: A model or what it is to be judged on is not there, or they do not fit.
     """
-    source = open_checkpoint(model)
-    chosen = windows(source, text, samples=samples, length=length, role="heldout")
-    base = None if against is None else open_checkpoint(against)
-    if base and base.config.get("vocab_size") != source.config.get("vocab_size"):
-        raise UserError(
-            f"{source.label} has {source.config.get('vocab_size')} tokens, {base.label} has "
-            f"{base.config.get('vocab_size')}.",
-            "Give the model that it was made from.",
-        )
-    models = [
-        _loaded(one, torch.float32, trust_remote_code) for one in (source, base) if one is not None
-    ]
-    streams = [answers(one, chosen.ids) for one in models]
-    return compare(chosen.ids, streams[0], streams[1] if base else None, chosen.label)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    put = tasks or any(one is not None for one in (limit, num_fewshot, include_path))
+    wanted = Tasks(
+        [name.strip() for name in names if name.strip()],
+        limit,
+        num_fewshot,
+        batch_size,
+        None if include_path is None else Path(include_path).expanduser(),
+        cache,
+        trust_remote_code,
+    )
+    asked = Asked(text, samples, length, noise_floor, wanted if put else None, images, mean, std)
+    return assess(model, against, asked, trust_remote_code=trust_remote_code)

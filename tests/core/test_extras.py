@@ -35,6 +35,8 @@ def missing(monkeypatch):
         ("transformers", "layerwise[transformers]"),
         ("datasets", "layerwise[datasets]"),
         ("compressed_tensors", "layerwise[compressed-tensors]"),
+        ("lm_eval", "layerwise[tasks]"),
+        ("PIL", "layerwise[images]"),
     ],
 )
 def test_the_remedy_installs_it(missing, package, extra):

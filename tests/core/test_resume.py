@@ -54,7 +54,7 @@ def whole(deep, text, tmp_path_factory):
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file, but for what tells of times and of where the output is."""
     made = {file.name: file.read_bytes() for file in folder.iterdir()}
-    del made["report.json"]
+    del made["report.json"], made["report.html"]
     recipe = made.pop("recipe.yaml").decode().splitlines()
     made["recipe.yaml"] = "\n".join(x for x in recipe if not x.startswith("  out:")).encode()
     return made

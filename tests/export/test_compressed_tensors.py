@@ -1,16 +1,18 @@
 """Packed codes against the package that unpacks them, and against the definition."""
 
 import json
+from typing import Any
 
 import models
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from safetensors.torch import load_file
 
 import layerwise as lw
+from layerwise.core.packing import pack, unpack
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import structure
-from layerwise.export._packing import pack, unpack
 from layerwise.export.compressed_tensors import CompressedTensors
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -86,7 +88,7 @@ def test_mixed_widths_and_an_ignored_layer_load(llama, tmp_path):
     [
         ({"bits": 12, "symmetric": True}, "12 bits"),
         ({"bits": 4, "symmetric": False}, "zero points"),
-        ({"bits": 4, "symmetric": True, "rank": 2}, "low-rank"),
+        ({"bits": 8, "symmetric": False, "method": "fp8"}, "zero points"),
     ],
 )
 def test_refuses_what_it_has_no_place_for(changes, problem, llama, tmp_path):
@@ -94,6 +96,64 @@ def test_refuses_what_it_has_no_place_for(changes, problem, llama, tmp_path):
         lw.compress(
             llama, tmp_path / "out", group=16, format="compressed-tensors", proof="none", **changes
         )
+    assert not list(tmp_path.iterdir())
+
+
+FLOATS = {"method": "fp8", "bits": 8, "format": "compressed-tensors"}
+TEXT = torch.arange(8 * 32).remainder(256).reshape(8, 32)
+TEXTS: dict[str, Any] = {"text": TEXT, "length": 32, "text_samples": 8}
+
+
+@pytest.mark.parametrize("group", [0, 16])
+def test_floats_load_to_the_bit(group, llama, tmp_path):
+    report = lw.compress(llama, tmp_path / "out", group=group, **FLOATS, **TEXTS)
+    assert report.proof is not None
+    assert report.proof.largest_difference == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "float-quantized"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_floats_and_integers_in_one_file(llama, tmp_path):
+    plan = lw.plan(llama, bits=4, group=16, format="compressed-tensors")
+    layers = dict(plan.layers)
+    for name in layers:
+        if name.endswith(("down_proj", "layers.1.self_attn.o_proj")):
+            layers[name] = LayerPlan(bits=8, group=0, symmetric=True, method="fp8")
+    report = lw.compress(llama, tmp_path / "out", plan=type(plan)(layers, plan.format), **TEXTS)
+    assert report.proof is not None
+    assert report.proof.largest_difference <= report.proof.allowed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    formats = {group["format"] for group in config["config_groups"].values()}
+    assert formats == {"float-quantized", "pack-quantized"}
+
+
+def test_floats_in_fused_layers_go_together(llama, tmp_path):
+    plan = lw.plan(llama, bits=8, group=0, format="compressed-tensors")
+    layers = dict(plan.layers)
+    name = "model.layers.0.self_attn.q_proj"
+    layers[name] = LayerPlan(bits=8, group=0, symmetric=True, method="fp8")
+    with pytest.raises(lw.UserError, match="one matrix"):
+        lw.compress(llama, tmp_path / "out", plan=type(plan)(layers, plan.format), proof="none")
+
+
+def test_floats_of_experts_load(tmp_path):
+    models.make("mixtral", tmp_path / "model")
+    texts: dict[str, Any] = {"text": models.inputs("mixtral"), "length": 16, "text_samples": 3}
+    wish = {**FLOATS, "group": 0, "proof": "logits"}
+    report = lw.compress(tmp_path / "model", tmp_path / "out", **wish, **texts)
+    assert report.proof is not None
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_a_model_in_memory_is_refused_before_work(format, tmp_path):
+    """Its loaders take a directory, with all that lies beside the weights."""
+    module = models.built("llama")
+    wish: dict[str, Any] = {"bits": 4, "group": 0, "format": format}
+    with pytest.raises(lw.UserError, match="in memory"):
+        lw.compress(module, tmp_path / "out", text=models.inputs("llama"), **wish)
     assert not list(tmp_path.iterdir())
 
 

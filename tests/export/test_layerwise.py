@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import layerwise as lw
 from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.export.layerwise import Layerwise, pack_bits, unpack_bits
+from layerwise.core.packing import pack_bits, unpack_bits
+from layerwise.export.layerwise import VERSION, Layerwise
 
 TEXT = torch.arange(8 * 32).remainder(256).reshape(8, 32)
 PLANS = {
@@ -22,6 +23,9 @@ PLANS = {
     "factors": {"rank": 3},
     "codes and factors": {"bits": 2, "group": 16, "rank": 4},
     "survivors and factors": {"density": 0.4, "rank": 2},
+    "floats": {"bits": 8, "group": 16, "method": "fp8"},
+    "surviving floats": {"bits": 8, "group": 0, "method": "fp8", "density": 0.4},
+    "floats with zero points": {"bits": 8, "group": 32, "method": "fp8", "symmetric": False},
     "all": {"bits": 3, "group": 16, "density": 0.5, "rank": 2},
 }
 
@@ -94,9 +98,9 @@ def test_a_later_version_is_refused(llama, tmp_path):
     out = tmp_path / "out"
     lw.compress(llama, out, bits=4, group=16, format="layerwise", proof="none")
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = VERSION + 1
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="version 2"):
+    with pytest.raises(UserError, match=f"version {VERSION + 1}"):
         lw.load(out)
 
 

@@ -68,6 +68,15 @@ def test_a_module_is_proven_on_the_text_that_is_given(tmp_path):
     assert lw.compress(module, tmp_path / "b", bits=4, text=shown, proof="none").proof is None
 
 
+def test_a_classifier_of_pictures_in_memory(tmp_path):
+    model, pictures = models.built("vit"), models.inputs("vit")
+    wish = {"bits": 4, "group": 16, "method": "gptq"}
+    report = lw.compress(model, tmp_path / "out", **wish, calibration=pictures)
+    assert report.proof is not None
+    assert report.comparison is None
+    assert report.noise_floor is None
+
+
 def test_a_transformers_model_in_memory(tmp_path):
     model = models.built("llama")
     ids = models.inputs("llama")

@@ -11,7 +11,13 @@ from layerwise.core.catalogue import Method, Paper, Rows
 
 
 def broken(
-    verb: str, run: Callable[..., Any], *, rows: Rows = "layer", unit: str = "layer"
+    verb: str,
+    run: Callable[..., Any],
+    *,
+    rows: Rows = "layer",
+    unit: str = "layer",
+    nested: bool = False,
 ) -> Method:
     """A method that is in no catalogue, and so may be a function from any file."""
-    return Method(verb, run.__name__, run, Paper("A mistake", 2000), (), {}, rows, unit)
+    paper = Paper("A mistake", 2000)
+    return Method(verb, run.__name__, run, paper, (), {}, rows, unit, nested=nested)

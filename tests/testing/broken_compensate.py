@@ -25,6 +25,11 @@ def corrects_the_weight(weight, approximation, *, rank):
     return svd(weight, torch.zeros_like(weight), rank=rank)
 
 
+def weakest_first(weight, approximation, *, rank):
+    correction = svd(weight, approximation, rank=rank)
+    return replace(correction, left=correction.left.flip(1), right=correction.right.flip(0))
+
+
 def clamps_the_rank(weight, approximation, *, rank):
     return svd(weight, approximation, rank=max(1, min(rank, *weight.shape)))
 
@@ -34,6 +39,7 @@ BROKEN = {
     "never_hurts": broken("compensate", wrong_sign),
     "more_rank_never_hurts": broken("compensate", wrong_sign),
     "full_rank_restores": broken("compensate", half_a_correction),
+    "lower_ranks_are_parts_of_higher_ones": broken("compensate", weakest_first, nested=True),
     "nothing_to_repair_gives_nothing": broken("compensate", corrects_the_weight),
     "refuses_an_impossible_rank": broken("compensate", clamps_the_rank),
 }

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import layerwise as lw
-from layerwise import report
+from layerwise import api, report
 from layerwise.cli.parser import WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Report
+from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
-from layerwise.core.written import check_types, read_yaml
-from layerwise.flow.planning import Wish
+from layerwise.core.written import bytes_of, check_types, read_yaml
+from layerwise.flow import reporting
+from layerwise.flow.wish import Wish
 
 # The measure that is also found at several widths at once.
 ERROR = "error"
@@ -38,6 +39,7 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 **_machine(chosen),
                 levels=widths if _compares(measures) else (),
                 progress=bars,
+                method=chosen.method,
                 **_grid(chosen),
             )
         scores |= looked.scores
@@ -78,6 +80,9 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_calibration(chosen),
             **_machine(chosen),
             **_wish(chosen, given),
+            text=chosen.text,
+            text_samples=chosen.text_samples,
+            **_cache(chosen),
             progress=bars,
         )
     staged = file.with_name(file.name + ".partial")
@@ -108,7 +113,8 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise compress`."""
-    wanted = chosen.plan or chosen.budget or chosen.bits is not None
+    sized = chosen.budget or chosen.max_kl is not None
+    wanted = chosen.plan or sized or chosen.bits is not None
     if not wanted and chosen.density == 1 and not chosen.rank:
         raise UserError(
             "nothing was asked for.",
@@ -123,8 +129,11 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         **_calibration(chosen),
         "text": chosen.text,
         "text_samples": chosen.text_samples,
+        "noise_floor": chosen.noise_floor,
         "proof": chosen.proof,
         "max_memory": chosen.max_memory,
+        "layer_windows": chosen.layer_windows,
+        **_cache(chosen),
         **_machine(chosen),
     }
     done = _compressed(arguments, restart=chosen.restart)
@@ -135,34 +144,83 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Report:
     """Compress, and show what came of it; the recipe is of use from any directory."""
-    recipe = {
-        name: os.path.abspath(value)
-        if name in ("model", "out", "plan", "calibration", "text") and os.path.exists(value)
-        else value
-        for name, value in arguments.items()
-        if value not in (None, "", {}, False)
-    }
-    recipe["out"] = os.path.abspath(arguments["out"])
+    recipe = {"compress": _recorded(arguments)}
     with Bars() as bars:
-        done = lw.compress(**arguments, restart=restart, progress=bars, recipe={"compress": recipe})
+        done = lw.compress(**arguments, restart=restart, progress=bars, recipe=recipe)
     console().print(report.layer_table(done))
     console().print(report.summary(done))
+    page = os.path.join(arguments["out"], "report.html")
+    console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
     return done
+
+
+def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as a recipe has them: paths are absolute, and what was not asked for is not in."""
+    paths = ("model", "out", "plan", "calibration", "text")
+    recipe = {
+        name: os.path.abspath(value) if name in paths and os.path.exists(value) else value
+        for name, value in arguments.items()
+        if value is not None and value not in ("", {}, [])
+    }
+    return recipe | {"out": os.path.abspath(arguments["out"])}
+
+
+def sweep(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise sweep`."""
+    arguments = {
+        "model": chosen.model,
+        "out": chosen.output,
+        "methods": [name for name in chosen.methods.split(",") if name],
+        "budgets": [size for size in chosen.budgets.split(",") if size],
+        "uniform": chosen.uniform,
+        **_shared(chosen),
+        **_calibration(chosen),
+        "text": chosen.text,
+        "text_samples": chosen.text_samples,
+        "processes": chosen.processes,
+        "ray": chosen.ray,
+        **_cache(chosen),
+        **_machine(chosen),
+    }
+    found = _swept(arguments)
+    if chosen.json:
+        _print_json(found.as_json())
+    return 0
+
+
+def _swept(arguments: Mapping[str, Any]) -> Sweep:
+    """Sweep, and show what came of it."""
+    with Bars() as bars:
+        found = lw.sweep(**arguments, progress=bars, recipe={"sweep": _recorded(arguments)})
+    console().print(report.sweep_table(found))
+    page = os.path.join(arguments["out"], "sweep.html")
+    console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
+    return found
 
 
 def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise evaluate`."""
-    compared = lw.evaluate(
+    seen = lw.evaluate(
         chosen.model,
         against=chosen.against,
         text=chosen.text,
         samples=chosen.samples,
         length=chosen.length,
+        noise_floor=chosen.noise_floor,
+        tasks=chosen.tasks,
+        limit=chosen.limit,
+        num_fewshot=chosen.num_fewshot,
+        batch_size=chosen.batch_size,
+        include_path=chosen.include_path,
+        cache=not chosen.no_cache,
+        images=chosen.images,
+        mean=_numbers("--mean", chosen.mean),
+        std=_numbers("--std", chosen.std),
         trust_remote_code=chosen.trust_remote_code,
     )
-    console().print(report.comparison(compared))
+    console().print(report.evaluation(seen))
     if chosen.json:
-        _print_json(asdict(compared))
+        _print_json(seen.as_json())
     return 0
 
 
@@ -174,13 +232,25 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         if command == "compress":
             out = {"out": chosen.output} if chosen.output else {}
             answers.append(_compressed(arguments | out).as_json())
+        elif command == "sweep":
+            out = {"out": chosen.output} if chosen.output else {}
+            answers.append(_swept(arguments | out).as_json())
         else:
             model = {"model": chosen.output} if chosen.output else {}
-            compared = lw.evaluate(**arguments | model)
-            console().print(report.comparison(compared))
-            answers.append(asdict(compared))
+            seen = lw.evaluate(**arguments | model)
+            console().print(report.evaluation(seen))
+            answers.append(seen.as_json())
     if chosen.json:
         _print_json(answers)
+    return 0
+
+
+def render(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise report`."""
+    page = reporting.render(chosen.place, chosen.output)
+    console().print(f"wrote {page}", markup=False, soft_wrap=True)
+    if chosen.json:
+        _print_json({"page": str(page)})
     return 0
 
 
@@ -251,7 +321,17 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
-        "levels": _widths("--levels", chosen.levels),
+        "max_kl": chosen.max_kl,
+        "method": chosen.method,
+        **_shared(chosen),
+        "options": options,
+    }
+
+
+def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What every point of a sweep may do, and what one model may."""
+    return {
+        "allow": _allowed(chosen.allow),
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
@@ -259,8 +339,10 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "compensator": chosen.compensator,
         "allocate": chosen.allocate,
         "measure": chosen.by,
+        "sensitivity": chosen.sensitivity,
+        "inputs": chosen.inputs,
         "format": chosen.format,
-        "options": options,
+        "server": chosen.server,
     }
 
 
@@ -286,8 +368,45 @@ def _widths(flag: str, text: str) -> list[int]:
         raise UserError(f"{flag} {text} is not a list of widths.", "Write 2,3,4,8.") from None
 
 
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{flag} {text} is not a list of numbers.", "Write 0.485,0.456,0.406."
+        ) from None
+
+
+def _allowed(given: Sequence[str]) -> dict[str, list[int | float | None]]:
+    """`bits=2,3,none` and the like, by what is allowed."""
+    allowed: dict[str, list[int | float | None]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if name in allowed:
+            raise UserError(f"--allow {name}= is given twice.", "Write all its values in one.")
+        try:
+            allowed[name] = [_number(part) for part in values.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--allow {text} is not understood.",
+                "Write --allow bits=2,3,4,none --allow density=1,0.5 --allow rank=0,16.",
+            ) from None
+    return allowed
+
+
+def _number(text: str) -> int | float | None:
+    if text.strip() == "none":
+        return None
+    value = float(text)
+    return int(value) if value.is_integer() and "." not in text else value
+
+
+def _cache(chosen: argparse.Namespace) -> dict[str, Any]:
+    return {"cache": not chosen.no_cache, "cache_bytes": bytes_of(chosen.cache_size)}
+
+
 def _grid(chosen: argparse.Namespace) -> dict[str, Any]:
-    return {"group": chosen.group, "symmetric": chosen.symmetric, "method": chosen.method}
+    return {"group": chosen.group, "symmetric": chosen.symmetric}
 
 
 def _calibration(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -302,8 +421,8 @@ def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
 
 
-_STEPS = {"compress": lw.compress, "evaluate": lw.evaluate}
-_STEPS_ARE = "Steps are `compress:` and `evaluate:`, each with its arguments."
+_STEPS = {"compress": api.compress, "sweep": api.sweep, "evaluate": api.evaluate}
+_STEPS_ARE = "Steps are `compress:`, `sweep:` and `evaluate:`, each with its arguments."
 
 
 def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -323,7 +442,7 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
     known = get_type_hints(_STEPS[command])
     for name in ("wish", "progress", "recipe", "return", "restart"):
         known.pop(name, None)
-    if command == "compress":
+    if command in ("compress", "sweep"):
         known |= get_type_hints(Wish)
     if unknown := arguments.keys() - known.keys():
         raise UserError(
@@ -331,7 +450,7 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
             f"It has {', '.join(sorted(known))}.",
         )
     check_types(f"{file}: {command}", arguments, known)
-    for needed in ("model", "out") if command == "compress" else ("model",):
+    for needed in ("model",) if command == "evaluate" else ("model", "out"):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
 

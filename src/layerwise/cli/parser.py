@@ -37,7 +37,10 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for add in (_inspect, _plan, _compress, _evaluate, _run, _methods, _show, _check, _claims):
+    for add in (
+        *(_inspect, _plan, _compress, _sweep, _evaluate, _run, _report),
+        *(_methods, _show, _check, _claims),
+    ):
         add(commands, arguments)
     return parser
 
@@ -72,6 +75,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
     )
     _grid(made)
+    _method(made)
     _calibration(made)
     _machine(made)
 
@@ -88,6 +92,8 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("-o", "--output", required=True, metavar="FILE", help="plan to write")
     _wish(made, arguments)
     _calibration(made)
+    _proof_text(made.add_argument_group("text for --max-kl"))
+    _cache(made)
     _machine(made)
     _memory(made)
 
@@ -108,32 +114,93 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _wish(made, arguments)
     _calibration(made)
     proof = made.add_argument_group("proof")
-    proof.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
-    proof.add_argument("--text-samples", type=int, default=32, help="windows of it (32)")
+    _proof_text(proof)
+    _noise_floor(proof)
     proof.add_argument(
         "--proof",
         choices=("auto", "logits", "none"),
         default="auto",
         help="load the files back and compare logits; auto: if the model can run",
     )
+    proof.add_argument(
+        "--layer-windows",
+        type=int,
+        default=4,
+        help="windows on which each layer's own KL is measured, after a budget; 0: none (4)",
+    )
+    _cache(made)
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
     _machine(made)
     _memory(made)
+
+
+def _sweep(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "sweep",
+        "try methods and budgets on one calibration; a table, the Pareto front, a plan for each",
+        "layerwise sweep builtin:tiny --methods rtn,gptq --budgets 2.5,3,4 -o tried",
+        "layerwise sweep MODEL --methods rtn,gptq,awq --budgets 2,2.5,3,4 --uniform -o tried \\",
+        "    --calibration text.txt --allow density=1,0.5 --format layerwise --processes 2",
+        "layerwise compress MODEL --plan tried/plans/gptq-3bits.yaml --calibration text.txt -o OUT",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to make")
+    made.add_argument("--methods", required=True, metavar="NAMES", help="quantizers")
+    made.add_argument(
+        "--budgets", default="", metavar="SIZES", help="as compress takes them; numbers are bits"
+    )
+    made.add_argument("--uniform", action="store_true", help="add each width for all layers alike")
+    how = made.add_argument_group("what every point may do")
+    _grid(how)
+    _levels(how)
+    _calibration(made)
+    _proof_text(made.add_argument_group("text to compare on"))
+    where = made.add_argument_group("where points are found")
+    where.add_argument("--processes", type=int, default=1, help="of this machine (1)")
+    where.add_argument(
+        "--ray", default="", metavar="ADDRESS", help="a Ray cluster; auto starts one if none is"
+    )
+    _cache(made)
+    _machine(made)
 
 
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "evaluate",
-        "perplexity on a text, and divergence from the original",
+        "how good a model is: on text, tasks, images; and how far from the original",
         "layerwise evaluate small --against builtin:tiny",
         "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
+        "layerwise evaluate MODEL --tasks arc_easy,hellaswag --limit 100 --against BASE",
+        "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--against", metavar="BASE", help="the model it was made from")
-    made.add_argument("--text", metavar="TEXT", default="builtin", help=f"{TEXT_HELP} (builtin)")
-    made.add_argument("--samples", type=int, default=128, help="windows (128)")
-    made.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    text = made.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        metavar="TEXT",
+        help=f"{TEXT_HELP} (builtin, unless tasks or images are asked for)",
+    )
+    text.add_argument("--samples", type=int, default=128, help="windows (128)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    _noise_floor(text)
+    tasks = made.add_argument_group("tasks, with the extra `tasks`")
+    tasks.add_argument("--tasks", default="", metavar="NAMES", help="of lm-eval, comma separated")
+    tasks.add_argument("--limit", type=int, help="first items of each task (all)")
+    tasks.add_argument("--num-fewshot", type=int, help="solved examples before each (the task's)")
+    tasks.add_argument("--batch-size", type=int, default=8, help="items at once (8)")
+    tasks.add_argument("--include-path", metavar="DIR", help="YAML files of more tasks")
+    tasks.add_argument(
+        "--no-cache", action="store_true", help="take no results of earlier runs, and keep none"
+    )
+    images = made.add_argument_group("images, with the extra `images`")
+    images.add_argument(
+        "--images", metavar="IMAGES", help=".npz file with x and y, or a folder of class folders"
+    )
+    images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
+    images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
@@ -147,6 +214,24 @@ def _run(commands: Any, arguments: Sequence[str]) -> None:
     )
     made.add_argument("recipe", metavar="RECIPE", help="YAML file")
     made.add_argument("-o", "--output", metavar="OUT", help="directory to make instead of its own")
+
+
+def _report(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "report",
+        "draw the page of a finished run or sweep again, as one HTML file",
+        "layerwise report small -o small.html",
+        "layerwise report old/report.json",
+    )
+    made.add_argument(
+        "place", metavar="PATH", help="a run's or sweep's directory, or its JSON file"
+    )
+    made.add_argument(
+        "-o", "--output", metavar="FILE", help="page to write (beside the JSON file, of its name)"
+    )
+    # `report` is already the name of the room that draws it.
+    made.set_defaults(command="render")
 
 
 def _methods(commands: Any, arguments: Sequence[str]) -> None:
@@ -201,7 +286,6 @@ def _grid(parser: Any) -> None:
         default=None,
         help="store no zero points (as the format has it; with them if it may)",
     )
-    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
 
 
 def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -212,10 +296,51 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         "--budget",
         default="",
         metavar="SIZE",
-        help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a width for each layer",
+        help="3.5bits stored per weight, 40%% of the files, or 1.2GiB: a level for each layer",
     )
-    how.add_argument("--levels", default="2,3,4,8", help="widths a budget chooses from (2,3,4,8)")
+    size.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the smallest model whose KL on the text it is compared on is not above this",
+    )
     _grid(how)
+    _method(how)
+    _levels(how)
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
+
+
+def _method(parser: Any) -> None:
+    parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _levels(how: Any) -> None:
+    how.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="WHAT=VALUES",
+        help="what a budget chooses among: bits=2,3,4,8,none density=1,0.5 rank=0,16; may be "
+        "given for each (bits=2,3,4,8)",
+    )
+    how.add_argument(
+        "--sensitivity",
+        choices=("error", "energy", "fisher", "kl"),
+        default="",
+        help="how a budget weighs layers: by the share of each output that is lost, by how much "
+        "of it, by gradients of the answer, or by the KL each brings (fisher, or error where the "
+        "model does not run)",
+    )
+    how.add_argument(
+        "--inputs",
+        choices=("original", "transformed"),
+        default="",
+        help="what calibration shows methods: the original model's activations, or those after "
+        "earlier blocks were transformed (original for a budget, transformed otherwise)",
+    )
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
@@ -229,14 +354,25 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
         "--format",
-        default="dense",
+        default="",
         metavar="NAME",
-        help="dense, compressed-tensors or layerwise (dense)",
+        help="dense, compressed-tensors, gguf, gptq or layerwise (dense, or what --server loads)",
     )
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
+    how.add_argument(
+        "--server",
+        default="",
+        metavar="NAME",
+        help="what is to load it: vllm, transformers or llama.cpp; its rules are checked first",
+    )
+
+
+def _noise_floor(parser: Any) -> None:
+    parser.add_argument(
+        "--noise-floor",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the original in bfloat16 with itself: what a KL is to be measured against",
+    )
 
 
 def _calibration(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +380,21 @@ def _calibration(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--calibration", metavar="TEXT", help=TEXT_HELP)
     text.add_argument("--samples", type=int, default=64, help="windows (64)")
     text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    kept = parser.add_argument_group("cache")
+    kept.add_argument(
+        "--no-cache", action="store_true", help="keep nothing of what layers become for other runs"
+    )
+    kept.add_argument(
+        "--cache-size", default="20GB", metavar="SIZE", help="most that is kept (20GB)"
+    )
+
+
+def _proof_text(parser: Any) -> None:
+    parser.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    parser.add_argument("--text-samples", type=int, default=32, help="windows of it (32)")
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
@@ -268,8 +419,9 @@ _NAMING = {
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
-    "--bits", "--budget", "--levels", "--group", "--symmetric", "--no-symmetric", "--method",
-    "--density", "--pruner", "--rank", "--compensator", "--allocate", "--by", "--format",
+    "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
+    "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
+    "--compensator", "--allocate", "--by", "--format", "--server",
 )  # fmt: skip
 
 

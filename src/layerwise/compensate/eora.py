@@ -22,6 +22,7 @@ _SOURCE = "abstract: outperforms prior training-free low-rank methods, LLaMA3-8B
         2024,
         "2410.21271",
     ),
+    nested=True,
     claims=(
         Claim("svd", "bytes-wikitext/compensate", {"rank": 8}, 0.25, _SOURCE),
         Claim("svd", "stories-char-940k/compensate", {"rank": 8, "group": 32}, 0.25, _SOURCE),

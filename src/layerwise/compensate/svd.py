@@ -16,7 +16,8 @@ from layerwise.core.verbs import compensator
         "Low Rank Compensation",
         2023,
         "2303.08302",
-    )
+    ),
+    nested=True,
 )
 def svd(
     weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"], *, rank: int

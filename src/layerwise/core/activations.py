@@ -20,7 +20,7 @@ class Activations(Protocol):
         """Number of windows."""
         ...
 
-    def __getitem__(self, windows: slice) -> Tensor:
+    def __getitem__(self, windows: slice, /) -> Tensor:
         """Some windows."""
         ...
 
@@ -53,7 +53,7 @@ class Stored:
         """Number of windows."""
         return self.info.shape[0]
 
-    def __getitem__(self, windows: slice) -> Tensor:
+    def __getitem__(self, windows: slice, /) -> Tensor:
         """Some windows, as a copy of their own."""
         start, stop, _ = windows.indices(len(self))
         each = self.info.size // len(self)

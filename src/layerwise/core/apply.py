@@ -14,6 +14,9 @@ from layerwise.core.plan import LayerPlan
 from layerwise.core.results import LowRank, Pruned, Quantized
 from layerwise.core.structure import Layer
 
+# What methods returned for some layers, by the layers' names followed by the steps so far.
+Made = dict[tuple[Any, ...], list[Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
@@ -27,8 +30,8 @@ class Transformed:
         quantized: Its codes, if it was quantized; pruned entries stand for 0.0.
         kept: Its mask, if it was pruned.
         low_rank: Its correction, included in `weight`.
-        lost: Energy of the layer's output that is lost; of its weight, where no input was seen.
-        energy: Energy of the layer's output before.
+        lost: Energy of each output that is lost; of its weights, where no input was seen.
+        energy: Energy of each output before.
         notes: What its methods want known.
     """
 
@@ -39,19 +42,24 @@ class Transformed:
     quantized: Quantized | None
     kept: Bool[Tensor, "out in"] | None
     low_rank: LowRank | None
-    lost: float
-    energy: float
+    lost: Float[Tensor, " out"]
+    energy: Float[Tensor, " out"]
     notes: tuple[str, ...]
 
     @property
     def error(self) -> float:
         """Share of the energy that is lost; a layer of zeros has error 0."""
-        return self.lost / self.energy if self.energy > 0 else 0.0
+        return lost_share(float(self.lost.sum()), float(self.energy.sum()))
 
     @property
     def input_scale(self) -> Float[Tensor, " in"] | None:
         """What the layer's feeder must be divided by."""
         return None if self.quantized is None else self.quantized.input_scale
+
+
+def lost_share(lost: float, energy: float) -> float:
+    """The share of an energy that is lost; nothing is lost of none."""
+    return lost / energy if energy > 0 else 0.0
 
 
 def check_finite(tensor: str, weight: Tensor) -> None:
@@ -76,6 +84,7 @@ def transform(
     evidence: Mapping[str, Any],
     plans: Sequence[LayerPlan],
     options: Mapping[str, Mapping[str, Any]],
+    made: Made | None = None,
 ) -> list[Transformed]:
     """Transform layers that read the same input.
 
@@ -88,6 +97,7 @@ def transform(
         evidence: What calibration saw of their input; empty for weight-only work.
         plans: One plan for each.
         options: Options of methods, by method id.
+        made: What methods made of these layers before, to be used again and added to.
 
     Raises:
         UserError: A weight is not finite, or a method reads evidence that is not there.
@@ -101,7 +111,7 @@ def transform(
     for numbers in alike.values():
         chosen = [weights[n] for n in numbers]
         names = [layers[n].name for n in numbers]
-        parts = _run_steps(names, chosen, evidence, plans[numbers[0]], options)
+        parts = _run_steps(names, chosen, evidence, plans[numbers[0]], options, made)
         for number, part in zip(numbers, parts, strict=True):
             done[number] = _finished(layers[number], plans[number], weights[number], part, evidence)
     return [done[number] for number in range(len(layers))]
@@ -123,14 +133,21 @@ def _run_steps(
     evidence: Mapping[str, Any],
     plan: LayerPlan,
     options: Mapping[str, Mapping[str, Any]],
+    made: Made | None,
 ) -> list[_Part]:
     parts = [_Part(weight.clone() if not plan.steps else weight) for weight in weights]
+    made, path = {} if made is None else made, (tuple(names),)
     for id, fixed in plan.steps:
         method = catalogue.get(id)
         given = dict(options.get(id, {})) | fixed
         if given.get("group") == 0:
             given["group"] = weights[0].shape[1]
-        results = _run(method, names, weights, parts, evidence, given)
+        rank = given.get("rank", 0) if method.nested else 0
+        told = tuple(sorted(item for item in given.items() if not (rank and item[0] == "rank")))
+        path = (*path, (id, told))
+        if path not in made or (rank and made[path][0].rank < rank):
+            made[path] = _run(method, names, weights, parts, evidence, given)
+        results = [one.truncated(rank) for one in made[path]] if rank else made[path]
         for part, result in zip(parts, results, strict=True):
             part.notes += result.notes
             if isinstance(result, Pruned):
@@ -185,7 +202,7 @@ def _finished(
 ) -> Transformed:
     gram = evidence.get("gram")
     lost, energy = _energy(weight - part.weight, gram), _energy(weight, gram)
-    if gram is not None and not energy:
+    if gram is not None and not energy.any():
         lost, energy = _energy(weight - part.weight, None), _energy(weight, None)
         part.notes += ("no input was seen: the error is of its weight",)
     return Transformed(
@@ -202,9 +219,10 @@ def _finished(
     )
 
 
-def _energy(matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None) -> float:
-    """Mean squared norm of what a matrix answers, tr(M G M^T); G is the identity if not given."""
+def _energy(
+    matrix: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None
+) -> Float[Tensor, " out"]:
+    """Mean square of what each row answers, m G m^T; G is the identity if not given."""
     if gram is None:
-        flat = matrix.flatten()
-        return float(flat.dot(flat))
-    return max(0.0, float((matrix @ gram.to(matrix.dtype)).mul_(matrix).sum()))
+        return torch.linalg.vector_norm(matrix, dim=1).square()
+    return (matrix @ gram.to(matrix.dtype)).mul_(matrix).sum(dim=1).clamp_(min=0)

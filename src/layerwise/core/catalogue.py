@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -56,6 +56,9 @@ Rows = Literal["independent", "layer", "input"]
 #   integer  evenly spaced points, code - zero
 #   float8   the values of an 8-bit float (E4M3, finite only); the codes are its bit patterns
 Codes = Literal["integer", "float8"]
+
+# Widths of a code that a quantizer has unless it says otherwise.
+WIDTHS: Sequence[int] = range(1, 17)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,6 +107,8 @@ class Method:
     rows: Rows
     unit: Literal["layer", "block"]
     codes: Codes = "integer"
+    widths: Sequence[int] = WIDTHS
+    nested: bool = False
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -160,6 +165,8 @@ class Verb(Generic[R]):
         rows: Rows = "layer",
         unit: Literal["layer", "block"] = "layer",
         codes: Codes = "integer",
+        widths: Sequence[int] = WIDTHS,
+        nested: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -170,6 +177,8 @@ class Verb(Generic[R]):
             rows: How the rows of a weight hang together; a law holds methods to it.
             unit: What a measure scores: one layer, or one block with all its layers.
             codes: What the codes of a quantizer stand for.
+            widths: Bits that a code of a quantizer may have, ascending.
+            nested: The correction of a lower rank is the first part of one of a higher rank.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -177,7 +186,9 @@ class Verb(Generic[R]):
 
         def register(run: Callable[P, R]) -> Callable[P, R]:
             name = getattr(run, "__name__", "")
-            method = Method(self.name, name, run, paper, claims, exempt, rows, unit, codes)
+            method = Method(
+                self.name, name, run, paper, claims, exempt, rows, unit, codes, widths, nested
+            )
             self._check(method)
             _methods[method.id] = method
             return run

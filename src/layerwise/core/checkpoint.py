@@ -36,6 +36,7 @@ STEM = "model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"{STEM}{INDEX_SUFFIX}"
+GGUF = f"{STEM}.gguf"
 # Weights first: training leaves other pickles beside them.
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What a model directory holds beside its weights that goes with a new version of them:
@@ -45,7 +46,7 @@ _COMPANIONS = (
     *("LICENSE*", "NOTICE*"),
 )
 _LEFT_BEHIND = "*.index.json"
-_OURS = frozenset({"report.json", "recipe.yaml", "plan.yaml"})
+_OURS = frozenset({"report.json", "report.html", "recipe.yaml", "plan.yaml"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Checkpoint:
     label: str
     path: Path
     tensors: Mapping[str, TensorInfo]
-    files: Mapping[str, Path]
+    files: Mapping[str, Path]  # by tensor; a file whose tensors are not listed, by its own name
     config: Mapping[str, Any]
     companions: tuple[Path, ...]
 
@@ -208,7 +209,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
             or a file which is not there, a tensor in two files.
     """
     path = _locate(str(model))
+    if path.is_dir() and (packed := _gguf(str(model), path)):
+        return packed
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise _only_gguf(path)
         if path.suffix != ".safetensors":
             raise _not_safetensors([path])
         # Beside a config.json it is the weights of that model; elsewhere it is on its own.
@@ -284,6 +289,27 @@ def _not_safetensors(files: Sequence[Path]) -> UserError:
         "[s.save_file({k: v.contiguous().clone() for k, v in "
         "torch.load(f, weights_only=True).items()}, f.rpartition('.')[0] + '.safetensors') "
         f'for f in {[str(file) for file in files]}]"',
+    )
+
+
+def _gguf(label: str, folder: Path) -> Checkpoint | None:
+    """A directory that `--format gguf` made: its tensors are not listed, only its file is."""
+    config = _config(folder / "config.json")
+    if (config.get("quantization_config") or {}).get("quant_method") != "gguf":
+        if (files := sorted(folder.glob("*.gguf"))) and not any(folder.glob("*.safetensors")):
+            raise _only_gguf(files[0])
+        return None
+    if not (folder / GGUF).exists():
+        raise UserError(f"{folder} lacks its {GGUF}.", "Copy that file again.")
+    held = MappingProxyType({GGUF: folder / GGUF})
+    return Checkpoint(label, folder, MappingProxyType({}), held, config, _companions(folder))
+
+
+def _only_gguf(file: Path) -> UserError:
+    return UserError(
+        f"{file} is not a safetensors file but a GGUF file, with weights in llama.cpp's own types.",
+        "Give the model directory that it was made from; `layerwise evaluate` reads directories "
+        "that --format gguf made.",
     )
 
 

@@ -68,6 +68,22 @@ class Collector:
         return made
 
 
+class GradientCollector:
+    """Accumulates the squared gradients of one layer's outputs.
+
+    Attributes:
+        squares: Their sum over all that was seen, (out,), float64.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.squares = torch.zeros(layer.rows, dtype=torch.float64)
+
+    def see(self, gradient: Tensor) -> None:
+        """Take in the gradient of a batch of outputs, (..., out)."""
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        self.squares += flat.square().sum(dim=0, dtype=torch.float64).cpu()
+
+
 def calibrated_words(methods: Iterable[Method]) -> frozenset[str]:
     """The evidence that only a calibration run can give, of all that some methods read."""
     words = {word for method in methods for word in method.evidence}

@@ -11,7 +11,15 @@ _EXTRAS = {
     "tokenizers": "transformers",
     "huggingface_hub": "transformers",
     "compressed_tensors": "compressed-tensors",
+    "gguf": "gguf",
+    "accelerate": "gguf",
     "datasets": "datasets",
+    "ray": "ray",
+    "lm_eval": "tasks",
+    "PIL": "images",
+    "gptqmodel": "gptq",
+    "optimum": "gptq",
+    "peft": "peft",
 }
 
 
@@ -29,6 +37,6 @@ def need(package: str, purpose: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs the package {package}: {error}.",
-            f"pip install 'layerwise[{_EXTRAS[package]}]'.",
+            f"{purpose} needs the package {package.partition('.')[0]}: {error}.",
+            f"pip install 'layerwise[{_EXTRAS[package.partition('.')[0]]}]'.",
         ) from error

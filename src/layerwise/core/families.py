@@ -14,7 +14,10 @@ from typing import Any
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 # Classes whose answer to token ids is a distribution over the vocabulary for every token.
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+CAUSAL_MODELS = ("ForCausalLM", "LMHeadModel")
+LANGUAGE_MODELS = (*CAUSAL_MODELS, "ForMaskedLM")
+# Classes whose answer to pictures is a distribution over classes.
+IMAGE_CLASSIFIERS = ("ForImageClassification",)
 
 
 def configured(config: Mapping[str, Any], names: Sequence[str]) -> int:

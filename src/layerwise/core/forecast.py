@@ -20,9 +20,9 @@ from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.runner import Runner
 from layerwise.core.sample import Sample, sampled, scaled
-from layerwise.core.stream import rows_at_once, threads
+from layerwise.core.stream import ROW_STEP, rows_at_once, threads
 from layerwise.core.structure import Layer, Structure
-from layerwise.core.walk import together
+from layerwise.core.walk import by_block, together
 
 _ENTRIES = 1 << 20  # of the largest sample
 _SIDE = 1024  # of the product that is timed
@@ -80,9 +80,11 @@ class Passes:
         runner: Runs it.
         calibration: Token ids; None if no method reads what they show.
         heldout: Token ids that are compared; None for no proof.
-        states: Activations of the held-out text that are carried from block to block.
+        states: Activations of the held-out text that are carried from block to block in float32.
         proof: Windows of it whose logits are compared after the files are loaded back; 0 for none.
         comparing: Bytes that a comparison holds for each logit.
+        floor: Whether the held-out text is carried in bfloat16 too.
+        apart: Windows of it with which each layer that changes is looked at alone.
     """
 
     runner: Runner
@@ -91,6 +93,8 @@ class Passes:
     states: int
     proof: int
     comparing: float
+    floor: bool = False
+    apart: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,9 @@ class Foresight:
         else:
             self._blocks = [self._groups(block) for block in found.blocks]
             self._passing = _Passing(passes)
+            infos = [source.tensors[name] for name in by_block(passes.runner)[1]]
+            # What is outside the blocks is then held as it was and as it is stored.
+            self.around = any(format.rest(info) != info for info in infos)
         told = memory.resident_bytes()
         memory.settle()
         self._base = memory.resident_bytes() + memory.GAPS_BYTES
@@ -202,7 +209,8 @@ class Foresight:
 
     def _slice(self, layer: Layer) -> tuple[Layer, int, Sample]:
         """A layer, how many slices it is worked on in, and what one takes."""
-        at_once = rows_at_once(layer, self.plan.layers[layer.name], self.format)
+        info = self.source.tensors[layer.tensor]
+        at_once = rows_at_once(layer, self.plan.layers[layer.name], self.format, info)
         if at_once >= layer.rows:
             return layer, 1, self._work([layer])
         with threads(1):
@@ -263,7 +271,10 @@ class _Work:
         self.plan = plan
         self.format = format
         self.dtype = dtype
-        self.layers = [_smaller(layer, side) for layer in group]
+        self.layers = [
+            _smaller(layer, side, _rows_together(format, layer, one, dtype))
+            for layer, one in zip(group, plans, strict=True)
+        ]
         self.plans = [
             replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
         ]
@@ -293,9 +304,18 @@ class _Work:
             self.format.encode(result, info)
 
 
-def _smaller(layer: Layer, side: float) -> Layer:
-    rows, width = max(1, round(layer.rows * side)), round(layer.width * side)
+def _smaller(layer: Layer, side: float, together: int) -> Layer:
+    rows = max(1, round(layer.rows * side))
+    if rows < layer.rows:
+        rows = min(layer.rows, max(together, rows // together * together))
+    width = round(layer.width * side)
     return replace(layer, rows=rows, width=width, layout="linear", expert=None)
+
+
+def _rows_together(format: Format, layer: Layer, plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Rows that a sample must hold a multiple of."""
+    together = format.together(TensorInfo(layer.tensor, dtype, (layer.rows, layer.width)))
+    return math.lcm(together, ROW_STEP) if format.whole(plan) else together
 
 
 def _sides(group: Sequence[Layer]) -> Sequence[float]:
@@ -351,7 +371,13 @@ class _Walking:
     def windows(self) -> int:
         """Windows of all activations that are carried."""
         count = 0 if self.passes.calibration is None else len(self.passes.calibration)
-        return count + (self.passes.states * len(self._shown))
+        return count + (self.passes.states + self.passes.floor) * len(self._shown)
+
+    @property
+    def carried(self) -> int:
+        """Bytes of all activations; those in bfloat16 take half."""
+        narrow = len(self._shown) // 2 if self.passes.floor else 0
+        return (self.windows - narrow) * self.passing.window
 
     @property
     def _shown(self) -> torch.Tensor:
@@ -364,12 +390,12 @@ class _Walking:
     @property
     def states(self) -> int:
         """Bytes of activations in memory between blocks."""
-        return 0 if self.economy.on_disk else self.windows * self.passing.window
+        return 0 if self.economy.on_disk else self.carried
 
     @property
     def staged(self) -> int:
         """Bytes of activations on disk: those of a step, and of the one before."""
-        return 2 * self.windows * self.passing.window
+        return 2 * self.carried
 
     @property
     def at_once(self) -> int:
@@ -394,6 +420,8 @@ class _Walking:
                 made[stage] = max(made.get(stage, 0), held)
         if self.passes.proof:
             made["comparing logits"] = self.comparing()
+            if self.passes.apart:
+                made["looking at each layer alone"] = self.apart()
             made[_LOADING], made[_ANSWERING] = self.loading(), self.answering()
         return made
 
@@ -407,7 +435,10 @@ class _Walking:
         through = self.at_once * self.passing.through.bytes
         # One for each input, however many groups read it.
         each = {group.reads: group.gram if self.grams else 0 for group in groups}
-        grams = max(each.values()) if self.economy.input_by_input else sum(each.values())
+        grams = sum(each.values())
+        if self.economy.input_by_input:
+            counts = [_FLOAT * group.count for group in groups]
+            grams = max(sum(counts[:n]) + each[group.reads] for n, group in enumerate(groups))
         held = {
             "gathering evidence in a block": self.states + block + through + grams,
             "carrying activations through a block": self.states + block + through,
@@ -431,7 +462,16 @@ class _Walking:
         batch = windows_at_once(ids.shape[1], runner.vocabulary, self.economy.tokens)
         each = _FLOAT * ids.shape[1] * runner.vocabulary
         working = batch * max(self.passing.ending.bytes, int(each * self.passes.comparing))
-        return self.states + runner.outer_bytes() + working + self.kept_logits
+        outer = runner.outer_bytes() * (1 + self.seen.around)
+        outer += runner.outer_bytes() // 2 if self.passes.floor else 0
+        return self.states + outer + working + self.kept_logits
+
+    def apart(self) -> int:
+        """Activations of all layers that are carried on, before a block, in it and after it."""
+        block = max(self.runner.block_bytes(block) for block in self.runner.blocks)
+        carried = (1 + len(self.seen.planned())) * self.passes.apart * self.passing.window
+        at_once = self.at_once * self.passing.through.bytes
+        return block + at_once + 3 * carried + self.kept_logits
 
     @property
     def kept_logits(self) -> int:
@@ -485,6 +525,9 @@ class _Walking:
         compared = 2 * len(self._shown) if self.passes.proof else 0
         seconds = (passes + self.passes.proof) * through
         seconds += (compared + self.passes.proof) * self.passing.ending.seconds
+        # A layer that is looked at alone is carried through half of the blocks, on average.
+        alone = len(self.seen.planned()) * self.passes.apart
+        seconds += alone * (through / 2 + 2 * self.passing.ending.seconds)
         seconds += sum(group.work.seconds for groups in self.blocks for group in groups)
         if self.grams and self.passes.calibration is not None:
             inputs = {group.reads: group.gram for groups in self.blocks for group in groups}
@@ -493,7 +536,7 @@ class _Walking:
         # Each block is read for every pass through it, and once to be transformed; activations
         # are written once for each block.
         read = _bytes(self.seen.source) * 3 + self.seen.size * (2 if self.passes.proof else 1)
-        staged = self.windows * self.passing.window * len(self.runner.blocks)
+        staged = self.carried * len(self.runner.blocks)
         return seconds + (read + staged) / _DISK_RATE
 
 

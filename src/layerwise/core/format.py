@@ -24,6 +24,8 @@ class Format(ABC):
         source: The model: the original when files are written, those files when they are read.
         packages: What transformers needs to load it back, by import name.
         stem: How the names of its weight files begin.
+        directory: Nothing reads it but what loads a model's whole directory.
+        adapts: Low-rank corrections lie beside the files as an adapter, which peft loads.
         packs: Whether transformers keeps the files mapped and unpacks their layers when a model is
             first used.
         unpacking: Bytes that are held, for each weight of a layer, while it is unpacked.
@@ -32,6 +34,8 @@ class Format(ABC):
     source: Source
     packages: ClassVar[Sequence[str]] = ()
     stem: ClassVar[str] = STEM
+    directory: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     unpacking: ClassVar[float] = 0.0
 
@@ -63,7 +67,7 @@ class Format(ABC):
     def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
         """Bytes that a layer takes; in a format that packs nothing, what its codes would take."""
         if not plan.steps:
-            return layer.count * info.dtype.itemsize
+            return layer.count * (self.rest(info) or info).dtype.itemsize
         return sum(made.size for made in self.tensors(layer, plan, info))
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
@@ -74,13 +78,26 @@ class Format(ABC):
         """Whether a layer under this plan must be encoded in one piece."""
         return False
 
-    def rest(self, info: TensorInfo) -> TensorInfo:
-        """How a tensor that is no layer, or that a plan leaves, is stored."""
+    def together(self, info: TensorInfo) -> int:
+        """Rows of a tensor that must be encoded together: its slices hold a multiple of them."""
+        return 1
+
+    def rest(self, info: TensorInfo) -> TensorInfo | None:
+        """How a tensor that is no layer, or that a plan leaves, is stored; None if it is not."""
         return info
 
     def encode_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
         """Rows of such a tensor (all of one without axes) as they are stored."""
         return rows
+
+    def restored_rest(self, info: TensorInfo, rows: Tensor) -> Tensor:
+        """What a loader will hold of those rows."""
+        return rows
+
+    def rest_size(self, info: TensorInfo) -> int:
+        """Bytes that such a tensor takes."""
+        stored = self.rest(info)
+        return 0 if stored is None else stored.size
 
     def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
         """Files with room for all tensors."""
@@ -94,6 +111,22 @@ class Format(ABC):
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What to add to the model's `config.json`."""
         return {}
+
+    def files(self, plan: Plan, found: Structure) -> Mapping[str, bytes]:
+        """Small files to put beside the weights, by their paths in the output."""
+        return {}
+
+    @property
+    def loader(self) -> str:
+        """What loads files of this format, by the name of its package."""
+        return "transformers"
+
+    def load(self, dtype: torch.dtype) -> tuple[Any, Sequence[str]] | None:
+        """The model by a loader that must be told how, and weights that were not in the files.
+
+        None if transformers' `from_pretrained` needs to be told nothing.
+        """
+        return None
 
     def read(self) -> Mapping[str, Tensor] | None:
         """The model's own tensors from files of this format; None if transformers reads them."""

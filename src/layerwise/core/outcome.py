@@ -1,4 +1,4 @@
-"""What a run has to tell: one row per layer and one summary, as tables and JSON show them."""
+"""What a run has to tell: one row per layer and one summary, for tables, pages and JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,6 +7,30 @@ from typing import Any
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import Layer
+from layerwise.core.written import rebuilt
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a layer could have got.
+
+    Attributes:
+        label: In words.
+        bits: Width of a code; None if it would keep its dtype.
+        density: Fraction of weights that would be kept.
+        rank: Columns of the low-rank correction.
+        bytes: Everything that would be stored.
+        error: What it was foreseen to cost, in the unit the plan was made in.
+        chosen: The plan took this one.
+    """
+
+    label: str
+    bits: int | None
+    density: float
+    rank: int
+    bytes: int
+    error: float
+    chosen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +53,11 @@ class LayerRow:
         score: How sensitive it is, as the plan's maker saw it; None if it did not look.
         why: Why it got this.
         notes: What the methods had to do that the reader should know.
+        block: The block it belongs to, "" outside all of them.
+        role: Its job in the block.
+        curve: What it could have got; empty if the plan's maker did not look.
+        predicted_kl: The KL divergence that it was foreseen to bring, in nats.
+        measured_kl: The one that it brings alone, in nats.
     """
 
     layer: str
@@ -45,6 +74,11 @@ class LayerRow:
     score: float | None
     why: str
     notes: Sequence[str] = ()
+    block: str = ""
+    role: str = ""
+    curve: Sequence[Candidate] = ()
+    predicted_kl: float | None = None
+    measured_kl: float | None = None
 
     @classmethod
     def of(
@@ -74,23 +108,32 @@ class LayerRow:
             score=plan.score,
             why=plan.why,
             notes=tuple(notes),
+            block=layer.block,
+            role=layer.role,
         )
 
     @classmethod
-    def untouched(cls, layer: Layer, info: TensorInfo) -> "LayerRow":
-        """The row of a layer that a plan leaves as it is."""
+    def untouched(cls, layer: Layer, info: TensorInfo, stored: int) -> "LayerRow":
+        """The row of a layer that a plan leaves as it is; `stored` is in bytes."""
         plan = LayerPlan(why="the plan leaves it as it is")
-        stored = layer.count * info.dtype.itemsize
         return cls.of(layer, plan, info, stored=stored, error=0.0, density=1.0, notes=())
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, all the way down."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LayerRow":
+        """A row from its fields by name."""
+        return rebuilt(cls, content, "a layer's row")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A model against the one it was made from, on the same windows of text.
+
+    An `…_error` is a standard error over windows, analytic: the deviation of the windows' means by
+    the root of their number; for a perplexity, carried through exp.  None for a single window.
 
     Attributes:
         tokens: Predicted tokens.
@@ -99,6 +142,16 @@ class Comparison:
         top1: Share of tokens whose likeliest successor is the same.
         text: Where the windows came from.
         perplexity_before: The original's perplexity.
+        windows: How many were read.
+        length: Tokens of each; the first one is not predicted.
+        digest: SHA-256 of their token ids.
+        special: Which tokens stand in them beside those of the text.
+        perplexity_error: Standard error of `perplexity`.
+        perplexity_before_error: Of `perplexity_before`.
+        loss_added: Mean cross-entropy, result less original, in nats: each window against itself.
+        loss_added_error: Standard error of `loss_added`.
+        kl_error: Of `kl`.
+        top1_error: Of `top1`.
     """
 
     tokens: int
@@ -107,6 +160,130 @@ class Comparison:
     kl: float | None
     top1: float | None
     text: str
+    windows: int = 0
+    length: int = 0
+    digest: str = ""
+    special: str = ""
+    perplexity_error: float | None = None
+    perplexity_before_error: float | None = None
+    loss_added: float | None = None
+    loss_added_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """One metric of one task.
+
+    Attributes:
+        task: Its name, or that of a group of tasks.
+        metric: Which metric, with the filter of the answers where there is one.
+        value: The model's.
+        error: Its standard error, as the harness gives it; None if it does not.
+        items: How many were answered.
+        fewshot: Solved examples before each.
+        version: The task's, as its author counts.
+        cached: The answer of an earlier run with these very weights.
+        higher_is_better: What it says; None if the task does not say.
+        before: The original's value.
+        before_error: Its standard error.
+        difference: `value` less `before`.
+        difference_error: Its standard error: over the items, each against itself, where every item
+            has a value; of two independent runs where it has not.
+        paired: Which of the two it is.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    items: int
+    fewshot: int | None
+    version: str
+    cached: bool
+    higher_is_better: bool | None
+    before: float | None = None
+    before_error: float | None = None
+    difference: float | None = None
+    difference_error: float | None = None
+    paired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScores:
+    """An image classifier, alone or against the one it was made from.
+
+    An `…_error` is a standard error over pictures: their deviation by the root of their number.
+
+    Attributes:
+        images: How many.
+        classes: How many the model tells apart.
+        source: Where the pictures came from.
+        digest: SHA-256 of pictures and labels.
+        normalised: How their values were made.
+        accuracy: Share whose likeliest class is theirs.
+        top5: Share whose class is among the five likeliest; None with five classes or fewer.
+        accuracy_before: The original's accuracy.
+        top5_before: The original's.
+        agreement: Share with the same likeliest class.
+        kl: Mean KL divergence of the classes, original to result, in nats.
+        gained: Accuracy, result less original.
+        accuracy_error: Standard error of `accuracy`.
+        top5_error: Of `top5`.
+        accuracy_before_error: Of `accuracy_before`.
+        top5_before_error: Of `top5_before`.
+        agreement_error: Of `agreement`.
+        kl_error: Of `kl`.
+        gained_error: Of `gained`, each picture against itself.
+    """
+
+    images: int
+    classes: int
+    source: str
+    digest: str
+    normalised: str
+    accuracy: float
+    top5: float | None
+    accuracy_before: float | None
+    top5_before: float | None
+    agreement: float | None
+    kl: float | None
+    gained: float | None
+    accuracy_error: float | None
+    top5_error: float | None
+    accuracy_before_error: float | None
+    top5_before_error: float | None
+    agreement_error: float | None
+    kl_error: float | None
+    gained_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Everything `evaluate` has to tell; what was not asked for is None, or empty.
+
+    Attributes:
+        model: What was judged.
+        against: What it was compared with.
+        text: On text.
+        noise_floor: The original computed in bfloat16 against itself, on the same windows.
+        tasks: On tasks.
+        images: On images.
+        notes: What else the reader should know.
+    """
+
+    model: str
+    against: str | None
+    text: Comparison | None = None
+    noise_floor: Comparison | None = None
+    tasks: Sequence[TaskScore] = ()
+    images: ImageScores | None = None
+    notes: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, all the way down."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +301,27 @@ class Proof:
     largest_difference: float
     allowed: float
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How well the plan foresaw what its choices would do to the whole model.
+
+    Attributes:
+        sensitivity: What weighted the errors of the layers.
+        predicted: The KL divergence it foresaw for the whole model, in nats; None if what it went
+            by is in another unit.
+        measured: The one it has.
+        rank_correlation: Spearman's, over layers, of predicted and measured KL divergence; None if
+            no layer was measured alone.
+        layers: Layers it is over.
+    """
+
+    sensitivity: str
+    predicted: float | None
+    measured: float
+    rank_correlation: float | None
+    layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +345,11 @@ class Report:
         peak_bytes: Most memory held at once.
         forecast: What was foreseen of size, disk, memory and time.
         notes: What else the reader should know.
+        prediction: The forecast of quality against what was measured; None if there was none.
+        noise_floor: The original against itself in a narrower dtype, on the same text: what is
+            below it cannot be told from rounding.
+        environment: Versions, machine and date, by name.
+        recipe: How the run was asked for.
         disk_bytes: Most room taken on the output's disk at once.
     """
 
@@ -166,8 +369,104 @@ class Report:
     peak_bytes: int
     forecast: Mapping[str, int | float]
     notes: Sequence[str] = field(default_factory=tuple[str, ...])
+    prediction: Prediction | None = None
+    noise_floor: Comparison | None = None
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     disk_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, all the way down."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the report") -> "Report":
+        """A report from its fields by name; what an older one lacks has its default.
+
+        Args:
+            content: What `as_json` gave, as JSON keeps it.
+            where: Where it stands, for the message.
+
+        Raises:
+            UserError: It is no such report.
+        """
+        return rebuilt(cls, content, where)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One model of a sweep.
+
+    Attributes:
+        method: What made it.
+        budget: The size that was asked for, as given.
+        bits: Stored bits per planned weight.
+        bytes: Its weight files.
+        kl: Mean KL divergence from the original, in nats; None if it was not compared.
+        perplexity: On the sweep's text; None if it was not compared.
+        top1: Share of tokens whose likeliest successor is the original's.
+        seconds: Wall time.
+        front: No other point is both as small and as good.
+        out: Where it is; "" if it was not kept.
+        uniform: Every layer got the same.
+    """
+
+    method: str
+    budget: str
+    bits: float
+    bytes: int
+    kl: float | None
+    perplexity: float | None
+    top1: float | None
+    seconds: float
+    front: bool
+    out: str
+    uniform: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Methods and budgets tried on one model.
+
+    Attributes:
+        model: What was compressed.
+        text: Where the windows it was compared on came from; "" if it was not.
+        points: One for each method and budget.
+        original: The original on that text.
+        noise_floor: The original against itself in a narrower dtype, on that text.
+        format: How the points are stored.
+        bytes_before: Weight files of the original.
+        seconds: Wall time.
+        notes: What else the reader should know.
+        environment: Versions, machine and date, by name.
+        recipe: How the sweep was asked for.
+    """
+
+    model: str
+    text: str
+    points: Sequence[SweepPoint]
+    original: Comparison | None = None
+    noise_floor: Comparison | None = None
+    format: str = ""
+    bytes_before: int = 0
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, all the way down."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "the sweep") -> "Sweep":
+        """A sweep from its fields by name; what an older one lacks has its default.
+
+        Args:
+            content: What `as_json` gave, as JSON keeps it.
+            where: Where it stands, for the message.
+
+        Raises:
+            UserError: It is no such sweep.
+        """
+        return rebuilt(cls, content, where)

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -13,6 +13,9 @@ from layerwise.core.errors import UserError
 from layerwise.core.results import SCALE_BITS
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
+
+# What calibration shows methods.
+Inputs = Literal["transformed", "original"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,16 @@ class LayerPlan:
         return replace(self, score=None, why="")
 
     @property
+    def quantizer(self) -> catalogue.Method:
+        """The method that makes the codes, if there are to be any."""
+        return catalogue.get(f"quantize/{self.method}")
+
+    @property
+    def codes(self) -> catalogue.Codes | None:
+        """What the codes stand for; None if there are to be none."""
+        return None if self.bits is None else self.quantizer.codes
+
+    @property
     def steps(self) -> list[tuple[str, dict[str, Any]]]:
         """The methods to run, in order, each with the options this plan sets."""
         made: list[tuple[str, dict[str, Any]]] = []
@@ -82,12 +95,17 @@ class Plan:
         format: How the output is stored.
         options: Options of methods beyond what a layer's plan sets, by method id.
         budget: The budget the plan was made for, as given; "" for none.
+        inputs: What calibration shows methods: what layers see after earlier blocks were
+            transformed, or in the original model.
+        server: What is to load the output, whose rules the plan must keep; "" for any.
     """
 
     layers: Mapping[str, LayerPlan]
     format: str = "dense"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     budget: str = ""
+    inputs: Inputs = "transformed"
+    server: str = ""
 
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
@@ -101,8 +119,11 @@ _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
     head = {"model": model, "format": plan.format}
+    if plan.server:
+        head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
+    head["inputs"] = plan.inputs
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -130,7 +151,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
-    known = {"model", "format", "budget", "options", "layers", "leave"}
+    known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -146,7 +167,11 @@ def read_plan(file: Path, found: Structure) -> Plan:
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     if not isinstance(format, str):
         raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
-    return Plan(layers, format, options, str(content.get("budget", "")))
+    inputs = content.get("inputs", "transformed")
+    if inputs not in get_args(Inputs):
+        raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
+    budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
+    return Plan(layers, format, options, budget, inputs, server)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
@@ -232,12 +257,14 @@ def _check_options(id: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
-    widest = 16
+    widths = catalogue.WIDTHS if plan.bits is None else plan.quantizer.widths
     allowed = (
         (
-            plan.bits is None or plan.bits in range(1, widest + 1),
+            plan.bits is None or plan.bits in widths,
             f"bits {plan.bits}",
-            f"Bits go from 1 to {widest}.",
+            f"Bits go from {widths[0]} to {widths[-1]}."
+            if len(widths) > 1
+            else f"quantize/{plan.method} has codes of {widths[0]} bits only.",
         ),
         (
             plan.bits != 1 or not plan.symmetric,
@@ -293,14 +320,15 @@ def _check_fused(item: list[Layer], plan: Plan) -> None:
             plan.layers[layer.name].bits,
             plan.layers[layer.name].group,
             plan.layers[layer.name].symmetric,
+            plan.layers[layer.name].codes,
         )
         for layer in item
     }
     if len(set(grids.values())) > 1:
         raise UserError(
             "servers hold these layers as one matrix, but the plan gives them different grids: "
-            + ", ".join(f"{name} {bits} bits" for name, (bits, _, _) in grids.items()),
-            "Give them the same bits, group and symmetry.",
+            + ", ".join(f"{name} {bits} bits" for name, (bits, *_) in grids.items()),
+            "Give them the same bits, group and symmetry, and codes of one kind.",
         )
 
 

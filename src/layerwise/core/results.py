@@ -11,6 +11,8 @@ from torch import Tensor
 # overflows it, and an output's layout is known before its weights are read.
 SCALE_DTYPE = torch.bfloat16
 SCALE_BITS = 8 * SCALE_DTYPE.itemsize
+# What codes that are 8-bit floats are the bit patterns of: E4M3, whose largest value is 448.
+FLOAT8_DTYPE = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Quantized:
         zero: Grid point that stands for 0.0.
         bits: Width of one code.
         group: Inputs per grid; the last group of a row may be shorter.
-        symmetric: Every zero point is 2^(bits - 1), so none is stored.
+        symmetric: Every zero point is the middle code, so none is stored: 2^(bits - 1), or that
+            of 0.0 among `points`.
         points: What each code stands for before it is scaled, ascending or not, with 0.0 at
             `zero`; None for evenly spaced points, code - zero.
         input_scale: The codes stand for the weight times this, column by column; whatever
@@ -81,6 +84,12 @@ class Quantized:
         ]
 
 
+def float8_points() -> Float[Tensor, "256"]:
+    """What each 8-bit float stands for, by its bit pattern; 0.0 for NaN, which no weight has."""
+    patterns = torch.arange(256, dtype=torch.uint8)
+    return patterns.view(FLOAT8_DTYPE).float().nan_to_num(0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Pruned:
     """A weight with some entries removed.
@@ -108,6 +117,15 @@ class LowRank:
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
     notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor."""
+        return self.left.shape[1]
+
+    def truncated(self, rank: int) -> "LowRank":
+        """Its first columns and rows."""
+        return replace(self, left=self.left[:, :rank], right=self.right[:rank])
 
     def product(self) -> Float[Tensor, "out in"]:
         """The correction as one matrix."""

@@ -7,11 +7,12 @@ blocks replaced by stand-ins, so no architecture is known here.
 
 import contextlib
 import copy
+import functools
 import mmap
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -23,9 +24,11 @@ from layerwise.core.activations import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import Collector
+from layerwise.core.evidence import Collector, GradientCollector
 from layerwise.core.extras import need
 from layerwise.core.structure import Structure, block_of
+
+_Collecting = TypeVar("_Collecting", Collector, GradientCollector)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -62,11 +65,41 @@ class _Tap(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (nn.functional.linear, torch.addmm, nn.functional.conv2d):
-            weight = kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
+        if func in _PRODUCTS:
+            weight = _weight(func, args, kwargs)
             for collector in self.watched.get(weight.data_ptr(), ()):
                 collector.see(_columns(func, args, kwargs, weight))
         return func(*args, **kwargs)
+
+
+class _Listen(TorchFunctionMode):
+    """Shows the gradient of what each watched weight answers to its collector."""
+
+    def __init__(self, watched: Mapping[int, Sequence[GradientCollector]]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        if func in _PRODUCTS:
+            for collector in self.watched.get(_weight(func, args, kwargs).data_ptr(), ()):
+                across = 1 if func is nn.functional.conv2d else -1
+                answer.register_hook(functools.partial(_shown, collector, across))
+        return answer
+
+
+def _shown(collector: GradientCollector, across: int, gradient: Tensor) -> None:
+    collector.see(gradient.movedim(across, -1))
+
+
+_PRODUCTS = (nn.functional.linear, torch.addmm, nn.functional.conv2d)
+
+
+def _weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    return kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
 
 
 def _columns(func: Any, args: Sequence[Any], kwargs: Any, weight: Tensor) -> Tensor:
@@ -105,7 +138,9 @@ def _padded(inputs: Tensor, padding: str, weight: Tensor, dilation: Sequence[int
 
 
 class Runner:
-    """A model that runs from a `Source`, one block in memory at a time, in float32.
+    """A model that runs from a `Source`, one block in memory at a time.
+
+    It computes in float32, or what `start` is told.
 
     Args:
         source: Where weights come from.
@@ -147,7 +182,7 @@ class Runner:
         lists = all(isinstance(self.model.get_submodule(p), nn.ModuleList) for p in parents)
         apart = len(parents) == 1 and "" not in found.blocks and lists and bool(source.config)
         self.blocks = found.blocks if apart else [""]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: dict[torch.dtype, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
     @property
@@ -157,14 +192,18 @@ class Runner:
 
     def running(self, tokens: int) -> "Runner":
         """The same, with so many tokens run at once."""
-        other = copy.copy(self)
-        other.tokens = tokens
-        return other
+        return self if tokens == self.tokens else self._other(tokens=tokens)
 
     def blank(self) -> "Runner":
         """The same with weights of zeros, which take no memory: to see what running it takes."""
+        return self._other(empty=True)
+
+    def _other(self, *, tokens: int = 0, empty: bool = False) -> "Runner":
         other = copy.copy(self)
-        other._empty = True
+        other.tokens = tokens or self.tokens
+        other._empty = empty
+        # What one learns of calls goes with how its first block answers.
+        other._calls = {} if empty else dict(self._calls)
         return other
 
     def block_bytes(self, block: str) -> int:
@@ -180,20 +219,36 @@ class Runner:
     def _bytes(self, parameters: Iterable[str]) -> int:
         return sum(torch.float32.itemsize * self._names.shapes[name].numel() for name in parameters)
 
-    def start(self, ids: Tensor) -> Float[Tensor, "..."]:
-        """What the first block sees of some windows: the embeddings run once, here."""
-        return ids if self.whole else filled(self.starting(ids), len(ids))
+    def start(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """What the first block sees of some windows: the embeddings run once, here.
 
-    def starting(self, ids: Tensor) -> Iterator[Tensor]:
+        Args:
+            ids: The windows.
+            dtype: What is computed in, here and wherever these activations are carried.
+            changed: Tensors of the source, by name, that are to be used instead.
+        """
+        return ids if self.whole else filled(self.starting(ids, dtype, changed), len(ids))
+
+    def starting(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype = torch.float32,
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
         """The same, batch after batch."""
         if self.whole:
             yield from ids.split(self.batch(ids))
             return
-        outer = self._parameters("", skip_blocks=True)
-        if not self._calls:
-            self._capture(outer, ids[:1])
+        outer = self._parameters("", dtype, skip_blocks=True, changed=changed)
+        if dtype not in self._calls:
+            self._capture(outer, _cast(ids[:1], dtype), dtype)
         for batch in ids.split(self.batch(ids)):
-            yield self._embedded(outer, batch)
+            yield self._embedded(outer, _cast(batch, dtype))
 
     def _embedded(self, outer: dict[str, Tensor], ids: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -232,12 +287,10 @@ class Runner:
         collectors: Mapping[str, Collector] | None = None,
     ) -> Iterator[Tensor]:
         """What `forward` gives, batch after batch: each is read when the one before is done."""
-        parameters = self._parameters(block, changed=changed)
-        watched: dict[int, list[Collector]] = {}
-        for name, collector in (collectors or {}).items():
-            watched.setdefault(self._pointer(parameters, block, name), []).append(collector)
-        module = self.model.get_submodule(self._module_path(block)) if block else self.model
-        args, kwargs = self._calls[self.blocks.index(block)] if block else ((), {})
+        dtype = hidden.dtype if block else torch.float32
+        parameters = self._parameters(block, dtype, changed=changed)
+        watched = self._watched(parameters, block, collectors or {})
+        module, args, kwargs = self._called(block, dtype)
         for batch in batches(hidden, self.batch(hidden)):
             with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
                 outcome = functional_call(
@@ -245,6 +298,57 @@ class Runner:
                 )
             # Yielded outside: a generator left half-way must not hold the caller's modes.
             yield _first(outcome).cpu()
+
+    def backward(
+        self,
+        block: str,
+        hidden: Tensor,
+        gradient: Tensor,
+        collectors: Mapping[str, GradientCollector],
+    ) -> Tensor:
+        """Carry a gradient through a block, from what it answers to what it sees.
+
+        Args:
+            block: One of `blocks`.
+            hidden: What it sees.
+            gradient: Of the loss, with respect to what it answers.
+            collectors: What is to see the gradients of layers' outputs, by the layer's name.
+
+        Returns:
+            The gradient with respect to `hidden`; zeros where that holds token ids.
+        """
+        parameters = self._parameters(block)
+        watched = self._watched(parameters, block, collectors)
+        module, args, kwargs = self._called(block)
+        if not hidden.is_floating_point():  # something must ask for gradients
+            for name in collectors:
+                parameters[self._inside(block, name)].requires_grad_()
+        gradients: list[Tensor] = []
+        size = self.batch(hidden)
+        for batch, wanted in zip(hidden.split(size), gradient.split(size), strict=True):
+            with torch.enable_grad(), _Listen(watched):
+                entering = batch.to(self.device, copy=True)
+                if entering.is_floating_point():
+                    entering.requires_grad_()
+                answer = _first(functional_call(module, parameters, (entering, *args), kwargs))
+            answer.backward(wanted.to(self.device))
+            found = entering.grad
+            gradients.append(torch.zeros(batch.shape) if found is None else found.cpu())
+        return torch.cat(gradients)
+
+    def gradient(self, hidden: Tensor, ids: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Gradient of a loss of the logits with respect to what came out of the last block."""
+        outer = {} if self.whole else self._parameters("", skip_blocks=True)
+        gradients: list[Tensor] = []
+        size = self.batch(ids)
+        for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
+            leaving = batch.to(self.device, copy=True).requires_grad_()
+            with torch.enable_grad():
+                answer = leaving if self.whole else self._ended(outer, leaving, tokens)
+                loss(answer).backward()
+            assert leaving.grad is not None
+            gradients.append(leaving.grad.cpu())
+        return torch.cat(gradients)
 
     def logits(
         self,
@@ -264,23 +368,28 @@ class Runner:
         if self.whole:
             yield from batches(hidden, self.batch(ids))
             return
-        outer = self._parameters("", skip_blocks=True, changed=changed) if outer is None else outer
+        if outer is None:
+            outer = self._parameters("", hidden.dtype, skip_blocks=True, changed=changed)
         size = windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
         for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
-            first = self._wrap(batch.to(self.device))
-
-            def give(*_: Any, first: Any = first, **__: Any) -> Any:
-                return first
-
-            def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
-                return self._wrap(hidden)
-
-            acts = [give, *[pass_on] * (len(self.blocks) - 1)]
-            # A generator that is left half-way must not hold the stand-ins, nor the caller's
-            # grad mode: the answer is yielded outside.
-            with self._stand_ins(acts), torch.no_grad():
-                answer = _first(self._call_model(outer, tokens)).cpu()
+            # A generator that is left half-way must not hold the caller's grad mode: the answer
+            # is yielded outside.
+            with torch.no_grad():
+                answer = self._ended(outer, batch.to(self.device), tokens).cpu()
             yield answer
+
+    def _ended(self, outer: dict[str, Tensor], hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model makes of activations that came out of the last block."""
+        first = self._wrap(hidden)
+
+        def give(*_: Any, **__: Any) -> Any:
+            return first
+
+        def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+            return self._wrap(hidden)
+
+        with self._stand_ins([give, *[pass_on] * (len(self.blocks) - 1)]):
+            return _first(self._call_model(outer, _cast(ids, hidden.dtype)))
 
     def outer(self) -> dict[str, Tensor]:
         """The parameters outside the blocks, to be used more than once."""
@@ -305,7 +414,7 @@ class Runner:
         options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}
         return functional_call(self.model, outer, (ids.to(self.device),), options)
 
-    def _capture(self, outer: dict[str, Tensor], ids: Tensor) -> None:
+    def _capture(self, outer: dict[str, Tensor], ids: Tensor, dtype: torch.dtype) -> None:
         """Learn what each block is called with, from one window, and how the first one answers."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -314,7 +423,7 @@ class Runner:
             if len(calls) == 1:
                 module = self._block_module
                 outcome = functional_call(
-                    module, self._parameters(self.blocks[0]), (hidden, *args), kwargs
+                    module, self._parameters(self.blocks[0], dtype), (hidden, *args), kwargs
                 )
                 if isinstance(outcome, tuple):
                     rest = outcome[1:]
@@ -324,7 +433,7 @@ class Runner:
         self._block_module = self.model.get_submodule(self._module_path(self.blocks[0]))
         with self._stand_ins([record] * len(self.blocks)), torch.no_grad():
             self._call_model(outer, ids)
-        self._calls = calls
+        self._calls[dtype] = calls
 
     @contextlib.contextmanager
     def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Generator[None]:
@@ -349,9 +458,14 @@ class Runner:
         return self._names.blocks[block] if block else ""
 
     def _parameters(
-        self, block: str, *, skip_blocks: bool = False, changed: Mapping[str, Tensor] | None = None
+        self,
+        block: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        skip_blocks: bool = False,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The parameters of a block by their names inside it, read and in float32."""
+        """The parameters of a block by their names inside it, read and in `dtype`."""
         changed = changed or {}
         path = self._module_path(block)
         inside = f"{path}." if path else ""
@@ -361,22 +475,39 @@ class Runner:
             if not parameter.startswith(inside) or (skip_blocks and parameter.startswith(blocks)):
                 continue
             if self._empty:
-                made[parameter.removeprefix(inside)] = _untouched(self._names.shapes[parameter])
+                shape = self._names.shapes[parameter]
+                made[parameter.removeprefix(inside)] = _untouched(shape).to(dtype)
                 continue
             read = [changed[name] if name in changed else self.source.read(name) for name in parts]
             value = read[0] if len(read) == 1 else self._names.joined(parameter, read)
             if value.is_floating_point():
-                value = value.float()
+                value = value.to(dtype)
             made[parameter.removeprefix(inside)] = value.to(self.device)
         return made
 
-    def _pointer(self, parameters: Mapping[str, Tensor], block: str, layer: str) -> int:
-        place = self._places[layer]
+    def _called(
+        self, block: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """A block's module, and what it is called with after activations of this dtype."""
+        module = self.model.get_submodule(self._module_path(block)) if block else self.model
+        args, kwargs = self._calls[dtype][self.blocks.index(block)] if block else ((), {})
+        return module, args, kwargs
+
+    def _watched(
+        self, parameters: Mapping[str, Tensor], block: str, collectors: Mapping[str, _Collecting]
+    ) -> dict[int, list[_Collecting]]:
+        """Collectors by where the weights that they watch lie in memory."""
+        watched: dict[int, list[_Collecting]] = {}
+        for layer, collector in collectors.items():
+            value, expert = parameters[self._inside(block, layer)], self._places[layer].expert
+            pointer = (value if expert is None else value[expert]).data_ptr()
+            watched.setdefault(pointer, []).append(collector)
+        return watched
+
+    def _inside(self, block: str, layer: str) -> str:
+        """The name, inside its block, of the parameter that holds a layer."""
         path = self._module_path(block)
-        value = parameters[place.parameter.removeprefix(f"{path}." if path else "")]
-        if place.expert is not None:
-            value = value[place.expert]
-        return value.data_ptr()
+        return self._places[layer].parameter.removeprefix(f"{path}." if path else "")
 
 
 @dataclass(frozen=True)
@@ -568,6 +699,11 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
         for layer in found.layers.values()
         if layer.tensor in by_tensor
     }
+
+
+def _cast(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures as a model that computes in `dtype` takes them; token ids stay as they are."""
+    return given.to(dtype) if given.is_floating_point() else given
 
 
 def _untouched(shape: torch.Size) -> Tensor:

@@ -1,5 +1,6 @@
 """What a piece of work takes, measured on a smaller one and scaled up."""
 
+import importlib
 import os
 import time
 import tracemalloc
@@ -8,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.optimize import nnls
 
 # What torch.profiler is made of; there is no public way to be told of allocations alone.
-_profiler: Any = torch._C._profiler
-_autograd: Any = torch._C._autograd
+_torch: Any = importlib.import_module("torch._C")
+_profiler, _autograd = _torch._profiler, _torch._autograd
 # Short work is timed so often at most, for so many seconds at most.
 _TIMES, _LONG = 3, 0.1
 

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
 import torch
@@ -28,10 +28,11 @@ from torch import Tensor
 from layerwise.core.activations import Activations, Stored, write_at
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.packing import raw_bytes
 
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
-_STATE = "state-"
+_STATE, _ASIDE = "state-", "aside-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4_000_000_000
@@ -48,12 +49,21 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Every output tensor's place, and every file's header and length."""
+    """Every output tensor's place, and every file's header and length.
+
+    Attributes:
+        stem: How the names of the model's own weight files begin.
+        slots: Where each tensor lies.
+        headers: What each file begins with, by its path inside the output.
+        lengths: Bytes of each file.
+        apart: Files whose tensors are not the model's own, and so in no index.
+    """
 
     stem: str
     slots: Mapping[str, Slot]
     headers: Mapping[str, bytes]
     lengths: Mapping[str, int]
+    apart: Set[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -62,18 +72,29 @@ class Arrangement:
 
     def index(self) -> dict[str, bytes]:
         """The file that says which shard holds a tensor, by its name; none for a single shard."""
-        if len(self.headers) == 1:
+        if len(self.headers.keys() - self.apart) == 1:
             return {}
-        total = sum(slot.info.size for slot in self.slots.values())
-        files = {name: slot.file for name, slot in sorted(self.slots.items())}
+        own = {name: slot for name, slot in self.slots.items() if slot.file not in self.apart}
+        total = sum(slot.info.size for slot in own.values())
+        files = {name: slot.file for name, slot in sorted(own.items())}
         content = _json({"metadata": {"total_size": total}, "weight_map": files})
         return {f"{self.stem}{INDEX_SUFFIX}": content}
 
 
 def arrange(
-    tensors: Iterable[TensorInfo], shard_bytes: int = SHARD_BYTES, stem: str = STEM
+    tensors: Iterable[TensorInfo],
+    shard_bytes: int = SHARD_BYTES,
+    stem: str = STEM,
+    apart: Mapping[str, Sequence[TensorInfo]] = MappingProxyType({}),
 ) -> Arrangement:
-    """Lay tensors out in safetensors files of at most `shard_bytes`, or one tensor if larger."""
+    """Lay tensors out in safetensors files of at most `shard_bytes`, or one tensor if larger.
+
+    Args:
+        tensors: The model's own tensors.
+        shard_bytes: Where a new file begins.
+        stem: How the files' names begin.
+        apart: Tensors that are not the model's own, by the path of the one file they lie in.
+    """
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in tensors:
@@ -82,18 +103,20 @@ def arrange(
             filled = 0
         shards[-1].append(info)
         filled += info.size
+    named: dict[str, Sequence[TensorInfo]] = {}
+    for number, shard in enumerate(shards, 1):
+        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        named[f"{stem}{part}.safetensors"] = shard
     slots: dict[str, Slot] = {}
     headers: dict[str, bytes] = {}
     lengths: dict[str, int] = {}
-    for number, shard in enumerate(shards, 1):
-        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
-        file = f"{stem}{part}.safetensors"
+    for file, shard in {**named, **apart}.items():
         # Widest entries first keeps every tensor aligned to its own width.
         ordered = sorted(shard, key=lambda info: -info.dtype.itemsize)
         header, starts, end = _header(ordered)
         headers[file], lengths[file] = header, end
         slots |= {info.name: Slot(file, starts[info.name], info) for info in ordered}
-    return Arrangement(stem, slots, headers, lengths)
+    return Arrangement(stem, slots, headers, lengths, frozenset(apart))
 
 
 def _header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
@@ -158,7 +181,7 @@ class Staging:
         shape = slot.info.shape if expert is None else slot.info.shape[1:]
         assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
         assert tensor.shape[1:] == torch.Size(shape[1:]), f"{name}: {tensor.shape}"
-        data = _bytes(tensor)
+        data = raw_bytes(tensor)
         entry = (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
         handle, offset = self.handles[slot.file], slot.offset + entry * slot.info.dtype.itemsize
         with _room(self.out, self.arrangement.size):
@@ -193,7 +216,9 @@ class Staging:
         self.steps[step] = entry
         self.checksums = {}
 
-    def store(self, step: str, name: str, parts: Iterable[Tensor], windows: int) -> Stored:
+    def store(
+        self, step: str, name: str, parts: Iterable[Tensor], windows: int, *, aside: bool = False
+    ) -> Stored:
         """Write activations to disk as they come, for a step that may finish with them.
 
         Args:
@@ -201,8 +226,9 @@ class Staging:
             name: What they are.
             parts: Windows, in order; what the step reads meanwhile is of another step.
             windows: How many will come.
+            aside: No step finishes with them: whoever makes them drops them.
         """
-        path = self.folder / f"{_STATE}{step}-{name}.safetensors"
+        path = self.folder / f"{_ASIDE if aside else _STATE}{step}-{name}.tensors"
         made: Stored | None = None
         at = 0
         with _room(self.out, self.arrangement.size), path.open("wb") as handle:
@@ -214,7 +240,7 @@ class Staging:
                     handle.flush()
                     made = Stored(path, starts[name], info)
                 each = made.info.size // windows
-                write_at(handle.fileno(), _bytes(part), made.offset + at * each)
+                write_at(handle.fileno(), raw_bytes(part), made.offset + at * each)
                 at += len(part)
         assert made is not None, "there are no windows"
         return made
@@ -240,6 +266,7 @@ class Staging:
             self._flush()
             for name, content in {**files, **self.arrangement.index()}.items():
                 target = self.folder / name
+                target.parent.mkdir(exist_ok=True)
                 if isinstance(content, bytes):
                     target.write_bytes(content)
                 else:
@@ -264,16 +291,12 @@ class Staging:
 
     def _weigh(self) -> None:
         """Note how much room the folder takes."""
-        held = sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         self.most_bytes = max(self.most_bytes, held)
 
     def _flush(self) -> None:
         for handle in self.handles.values():
             os.fsync(handle.fileno())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_target(out: Path) -> None:
@@ -359,16 +382,21 @@ def _lock(folder: Path, out: Path, arrangement: Arrangement) -> IO[bytes]:
 
 def _clear(folder: Path, kept: Set[str]) -> None:
     """Remove the files of a run; the journal and the lock, which tell it is one, go last."""
-    files = sorted(folder.iterdir(), key=lambda file: (file.name == _LOCK, file.name == _JOURNAL))
-    for file in files:
-        if file.name not in kept:
+    places = list(folder.rglob("*"))
+    files = [place for place in places if not place.is_dir()]
+    for file in sorted(files, key=lambda file: (file.name == _LOCK, file.name == _JOURNAL)):
+        if file.relative_to(folder).as_posix() not in kept:
             file.unlink()
+    for place in places:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _reserve(folder: Path, out: Path, arrangement: Arrangement) -> None:
     try:
         with _room(out, arrangement.size):
             for file, header in arrangement.headers.items():
+                (folder / file).parent.mkdir(exist_ok=True)
                 with (folder / file).open("wb") as handle:
                     if sys.platform == "linux":
                         os.posix_fallocate(handle.fileno(), 0, arrangement.lengths[file])

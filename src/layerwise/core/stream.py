@@ -5,13 +5,14 @@ float32 where they do not.
 """
 
 import contextlib
+import math
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import check_finite, transform
+from layerwise.core.apply import check_finite, lost_share, transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, READ_BYTES, Economy
 from layerwise.core.format import Format
@@ -65,14 +66,16 @@ def _step(
 ) -> list[LayerRow]:
     """Write some tensors, unless an earlier run did."""
     if entry := staging.steps.get(infos[0].name):
-        return [LayerRow(**row) for row in entry["facts"]["rows"]]
+        return [LayerRow.from_json(row) for row in entry["facts"]["rows"]]
     rows: list[LayerRow] = []
     for info in infos:
         layers = by_tensor.get(info.name, [])
         if any(plan.layers[layer.name].steps for layer in layers):
             rows += _transform_tensor(source, info, layers, plan, format, staging, read_bytes)
         else:
-            rows += [LayerRow.untouched(layer, info) for layer in layers]
+            for layer in layers:
+                plan_of = plan.layers[layer.name]
+                rows.append(LayerRow.untouched(layer, info, format.size(layer, plan_of, info)))
             copy_tensor(source, info, format, staging, read_bytes)
     staging.finish_step(infos[0].name, {"rows": [row.as_json() for row in rows]})
     return rows
@@ -85,16 +88,19 @@ def copy_tensor(
     staging: Staging,
     read_bytes: int = READ_BYTES,
 ) -> None:
-    """Write a tensor that no plan changes, in slices.
+    """Write a tensor that no plan changes, in slices, unless the format has no use for it.
 
     Raises:
         UserError: It holds NaN or infinity.
     """
-    stored = format.rest(info).name
+    kept = format.rest(info)
+    if kept is None:
+        return
+    stored = kept.name
     if not info.shape or not info.count:
         staging.write(stored, format.encode_rest(info, source.read(info.name)))
         return
-    rows = max(1, read_bytes * info.shape[0] // info.size)
+    rows = _multiple(read_bytes * info.shape[0] // info.size, format.together(info))
     for start in range(0, info.shape[0], rows):
         part = source.read(info.name, start, start + rows)
         if part.is_floating_point() and info.dtype.itemsize > 1:
@@ -127,12 +133,13 @@ def _transform_tensor(
         lost = energy = 0.0
         notes: dict[str, None] = {}
         kept = 0
-        at_once = rows_at_once(layer, layer_plan, format)
+        at_once = rows_at_once(layer, layer_plan, format, info)
         with threads(1) if at_once < layer.rows else contextlib.nullcontext():
             for weight in _slices(source, layer, at_once, read_bytes):
                 done = transform([layer], [weight], {}, [layer_plan], plan.options)[0]
                 writer.write(format.encode(done, info))
-                lost, energy = lost + done.lost, energy + done.energy
+                lost += float(done.lost.sum())
+                energy += float(done.energy.sum())
                 kept += int(done.kept.sum()) if done.kept is not None else weight.numel()
                 notes |= dict.fromkeys(done.notes)
         writer.finish()
@@ -142,7 +149,7 @@ def _transform_tensor(
                 layer_plan,
                 info,
                 stored=format.size(layer, layer_plan, info),
-                error=lost / energy if energy else 0.0,
+                error=lost_share(lost, energy),
                 density=kept / layer.count,
                 notes=tuple(notes),
             )
@@ -192,9 +199,13 @@ class LayerWriter:
             self.staging.write(name, tensor)
 
 
-def rows_at_once(layer: Layer, plan: LayerPlan, format: Format) -> int:
+def rows_at_once(layer: Layer, plan: LayerPlan, format: Format, info: TensorInfo) -> int:
     """Rows of a slice; all of them where a method or the format needs them together."""
     apart = all(catalogue.get(id).rows == "independent" for id, _ in plan.steps)
     if not apart or layer.layout == "conv1d" or format.whole(plan):
         return layer.rows
-    return max(ROW_STEP, SLICE_ENTRIES // layer.width // ROW_STEP * ROW_STEP)
+    return _multiple(SLICE_ENTRIES // layer.width, math.lcm(ROW_STEP, format.together(info)))
+
+
+def _multiple(wanted: int, of: int) -> int:
+    return max(of, wanted // of * of)

@@ -1,5 +1,6 @@
 """Text to token windows, for calibration and for proof."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +28,24 @@ class Windows:
     Attributes:
         ids: Token ids, (windows, length); for a module in memory, whatever it takes a batch of.
         label: Where they came from, for reports.
+        special: Which tokens stand in them beside those of the text.
     """
 
     ids: Shaped[Tensor, "windows ..."]
     label: str
+    special: str = "given as tensors"
 
     @property
     def tokens(self) -> int:
         """Number of tokens."""
         return self.ids.numel()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids: two reports with the same one read the same tokens."""
+        shape = f"{self.ids.dtype} {tuple(self.ids.shape)}".encode()
+        content = self.ids.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return hashlib.sha256(shape + bytes(content)).hexdigest()
 
 
 def windows(
@@ -71,18 +81,17 @@ def windows(
             f"Give --length {positions} or less.",
         )
     label = str(text) if isinstance(text, str | Path) else type(text).__name__
-    ids = (
-        text.flatten()
-        if isinstance(text, Tensor)
-        else _tokens(source, _documents(text, role), samples * length)
-    )
+    if isinstance(text, Tensor):
+        ids, special = text.flatten(), "given as token ids"
+    else:
+        ids, special = _tokens(source, _documents(text, role), samples * length)
     whole = min(samples, len(ids) // length)
     if not whole:
         raise UserError(
             f"the text {label} has {len(ids)} tokens, less than one window of {length}.",
             "Give a longer text, or a smaller --length.",
         )
-    return Windows(ids[: whole * length].reshape(whole, length), label)
+    return Windows(ids[: whole * length].reshape(whole, length), label, special)
 
 
 def _documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
@@ -123,13 +132,15 @@ def _hub_documents(name: str) -> Sequence[str]:
         raise UserError(f"{missing.problem} The hub says: {error}", missing.remedy) from error
 
 
-def _tokens(source: Source, documents: Sequence[str], wanted: int) -> Int[Tensor, " tokens"]:
-    """Tokens of the first documents, as many of these as `wanted` tokens take."""
+def _tokens(
+    source: Source, documents: Sequence[str], wanted: int
+) -> tuple[Int[Tensor, " tokens"], str]:
+    """Tokens of the first documents, as many of these as `wanted` tokens take; the special ones."""
     folder = next((f.parent for f in source.companions if f.name == "tokenizer.json"), None)
     if folder is None:
         if source.config.get("vocab_size") == 256:  # a model of bytes needs no tokenizer
             data = [byte for text in documents for byte in text.encode()]
-            return torch.tensor(data, dtype=torch.long)
+            return torch.tensor(data, dtype=torch.long), "none: a token is a byte"
         raise UserError(
             f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
             "Copy the tokenizer into the model's directory, or pass token ids from Python.",
@@ -149,4 +160,6 @@ def _tokens(source: Source, documents: Sequence[str], wanted: int) -> Int[Tensor
             break
         for one in tokenizer.encode_batch(list(documents[start : start + _DOCUMENTS_AT_ONCE])):
             ids += one.ids
-    return torch.tensor(ids, dtype=torch.long)
+    added = " ".join(tokenizer.encode("").tokens)
+    special = f"{added} with each document, as the tokenizer adds it" if added else "none"
+    return torch.tensor(ids, dtype=torch.long), special

@@ -1,27 +1,27 @@
 """Calibrated work: one block at a time, its evidence from blocks that are transformed already.
 
-Three activations are carried from block to block: the calibration text through the transformed
-model, and the held-out text through both the original and the transformed one, which is the
-proof.  They are all that a stopped run needs to go on.
+Up to four activations are carried from block to block: the calibration text through the
+transformed model, and the held-out text through the transformed one, the original, and the original
+in bfloat16, which are the proof.  They are all that a stopped run needs to go on.
 """
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layerwise.core import catalogue, memory
-from layerwise.core.activations import Activations, filled
+from layerwise.core.activations import Activations, Stored, filled
 from layerwise.core.apply import Transformed, transform
+from layerwise.core.candidates import Candidates, Losses
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.evidence import Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
-from layerwise.core.plan import Plan
+from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
@@ -29,8 +29,11 @@ from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
+HELDOUT_FLOOR = "heldout_floor"
+# What most models are trained and served in: what it changes is noise that nobody minds.
+FLOOR_DTYPE = torch.bfloat16
 # Those that go through the blocks as they were.
-_ORIGINAL = {HELDOUT_BEFORE}
+_ORIGINAL = {HELDOUT_BEFORE, HELDOUT_FLOOR}
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Walked:
         rows: One per layer.
         heldout: Activations of the held-out text after the last transformed block.
         heldout_before: The same through the original blocks.
+        heldout_floor: The same through the original blocks in bfloat16; None if not asked for.
     """
 
     rows: list[LayerRow]
     heldout: Activations
     heldout_before: Activations
+    heldout_floor: Activations | None
 
 
 def walk(
@@ -58,6 +63,8 @@ def walk(
     *,
     calibration: Tensor | None,
     heldout: Tensor,
+    noise_floor: bool = False,
+    candidates: Candidates | None = None,
     economy: Economy = LAVISH,
 ) -> Walked:
     """Transform a model block by block and write it.
@@ -71,102 +78,277 @@ def walk(
         progress: Is told of each block.
         calibration: Token ids, (windows, length); None if no method reads evidence of it.
         heldout: Token ids, (windows, length), for the proof.
+        noise_floor: Carry the held-out text through the original in bfloat16 too.
+        candidates: Has layers that were made before, if the plan is of what they see in the
+            original model; takes those that are made now.
         economy: What to hold on disk, and how much to take up at a time.
     """
     runner = runner.running(economy.tokens)
     source = runner.source
     words = calibrated_words(plan.methods())
-    in_block, outside = _by_block(source, found, runner)
+    in_block, outside = by_block(runner)
     progress.stage("transform", len(runner.blocks))
-    started = {HELDOUT: heldout, HELDOUT_BEFORE: heldout}
-    if calibration is not None:
-        started[CALIBRATION] = calibration
+    held = _Held(staging, economy)
+    original = None
+    if plan.inputs == "original":
+        original = _Original(runner, held, calibration)
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
     resumed = staging.states() if finished else None
     states: dict[str, Activations] = {}
     if resumed is not None:
-        runner.start(heldout[:1])  # one window shows what blocks are called with
+        for dtype in (torch.float32, *([FLOOR_DTYPE] if noise_floor else [])):
+            runner.start(heldout[:1], dtype)  # one window shows what blocks are called with
         states |= {name: one if economy.on_disk else one[:] for name, one in resumed.items()}
     else:
-        for name, ids in started.items():
-            parts = runner.starting(ids)
-            states[name] = _kept(staging, economy, "start", name, parts, len(ids))
+        walking = None if original is not None else calibration
+        states |= _started(runner, format, held, heldout, walking, noise_floor=noise_floor)
     rows: list[LayerRow] = []
     for block in runner.blocks:
         if block in finished:
-            rows += [LayerRow(**row) for row in staging.steps[_step(block)]["facts"]["rows"]]
+            rows += [
+                LayerRow.from_json(row) for row in staging.steps[_step(block)]["facts"]["rows"]
+            ]
             progress.step(block)
             continue
-        names = in_block[block]
-        made = _block(runner, found, plan, format, staging, block, names, words, states, economy)
+        layers = [one for one in found.layers.values() if runner.whole or one.block == block]
+        work = _Block(runner, found, plan, format, staging, held, block, layers, states)
+        made = work.done(in_block[block], words, original, candidates if original else None)
+        del work  # before the next block is read
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
         memory.settle()
         progress.step(block)
+    if original is not None:
+        original.drop()
     if "outside" not in staging.steps:
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
         staging.finish_step("outside", {})
-    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE])
+    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], states.get(HELDOUT_FLOOR))
 
 
-def _block(
+def _started(
     runner: Runner,
-    found: Structure,
-    plan: Plan,
     format: Format,
-    staging: Staging,
-    block: str,
-    names: Sequence[str],
-    words: frozenset[str],
-    states: dict[str, Activations],
-    economy: Economy,
-) -> list[LayerRow]:
-    """Transform and write one block, and carry the activations through it.
+    held: "_Held",
+    heldout: Tensor,
+    calibration: Tensor | None,
+    *,
+    noise_floor: bool,
+) -> dict[str, Activations]:
+    """What the first block sees of all that is carried."""
+    around = restored_outside(runner, format)
+    begun = {
+        HELDOUT: (heldout, torch.float32, around),
+        HELDOUT_BEFORE: (heldout, torch.float32, None),
+    }
+    if noise_floor:
+        begun[HELDOUT_FLOOR] = (heldout, FLOOR_DTYPE, None)
+    if calibration is not None:
+        begun[CALIBRATION] = (calibration, torch.float32, around)
+    return {
+        name: held.keep("start", name, runner.starting(ids, dtype, changed), len(ids))
+        for name, (ids, dtype, changed) in begun.items()
+    }
 
-    What needs the block as it was goes first, so that the block is not held twice.  All that it
-    takes is dropped on return, before the next one is read.
+
+@dataclass(frozen=True)
+class _Held:
+    """Where activations are held between steps."""
+
+    staging: Staging
+    economy: Economy
+
+    def keep(
+        self,
+        step: str,
+        name: str,
+        parts: Iterable[Tensor],
+        windows: int,
+        into: Activations | None = None,
+        *,
+        aside: bool = False,
+    ) -> Activations:
+        """Activations as they come out of a step; `into` is what may be overwritten."""
+        if self.economy.on_disk:
+            return self.staging.store(step, name, parts, windows, aside=aside)
+        return filled(parts, windows, into if isinstance(into, Tensor) else None)
+
+
+@dataclass
+class _Original:
+    """The calibration text on its way through the original model, carried as far as is needed."""
+
+    runner: Runner
+    held: _Held
+    ids: Tensor | None
+    hidden: Activations | None = None
+    at: int = 0
+
+    def before(self, block: str) -> Activations | None:
+        """What a block sees; blocks are asked for in order."""
+        if self.ids is None:
+            return None
+        if self.hidden is None:
+            self._keep("start", self.runner.starting(self.ids))
+        for earlier in self.runner.blocks[self.at : self.runner.blocks.index(block)]:
+            assert self.hidden is not None
+            self._keep(_step(earlier), self.runner.carry(earlier, self.hidden, {}))
+            self.at += 1
+        return self.hidden
+
+    def _keep(self, step: str, parts: Iterable[Tensor]) -> None:
+        assert self.ids is not None
+        made = self.held.keep(step, CALIBRATION, parts, len(self.ids), self.hidden, aside=True)
+        self.drop()
+        self.hidden = made
+
+    def drop(self) -> None:
+        """Let go of what lies on disk."""
+        if isinstance(self.hidden, Stored):
+            self.hidden.path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Block:
+    """One block's work: it is transformed and written, and activations are carried through it.
+
+    What needs the block as it was goes first, and each group of layers is written when it is done,
+    so that the block is not held twice.  All that it takes is dropped with it.
     """
-    layers = [layer for layer in found.layers.values() if runner.whole or layer.block == block]
 
-    def carry(names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
+    runner: Runner
+    found: Structure
+    plan: Plan
+    format: Format
+    staging: Staging
+    held: _Held
+    block: str
+    layers: Sequence[Layer]
+    states: dict[str, Activations]
+
+    def done(
+        self,
+        names: Sequence[str],
+        words: frozenset[str],
+        original: _Original | None,
+        candidates: Candidates | None,
+    ) -> list[LayerRow]:
+        """Do it; `names` are all tensors of the block."""
+
+        def hidden() -> Activations | None:
+            return self.states.get(CALIBRATION) if original is None else original.before(self.block)
+
+        by_itself = self.held.economy.input_by_input
+        seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        self._carry([name for name in self.states if name in _ORIGINAL], {})
+        changed: dict[str, Tensor] = {}
+        rows = self._transform(seen, candidates, changed)
+        source = self.runner.source
+        untouched = [name for name in names if name not in changed]
+        changed |= _restored_rest(source, self.format, untouched)
+        self._carry([name for name in self.states if name not in _ORIGINAL], changed)
+        for name in untouched:
+            copy_tensor(source, source.tensors[name], self.format, self.staging)
+        return rows
+
+    def _carry(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
         for name in names:
-            hidden = states[name]
-            parts = runner.carry(block, hidden, changed)
-            into = hidden if isinstance(hidden, Tensor) else None
-            states[name] = _kept(staging, economy, _step(block), name, parts, len(hidden), into)
+            hidden = self.states[name]
+            parts = self.runner.carry(self.block, hidden, changed)
+            step = _step(self.block)
+            self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 
-    seen = _Seen(runner, block, layers, words, states.get(CALIBRATION), economy.input_by_input)
-    carry([name for name in states if name in _ORIGINAL], {})
-    rows, changed = _transform_block(runner.source, found, plan, layers, seen, format, staging)
-    carry([name for name in states if name not in _ORIGINAL], changed)
-    _write_rest(runner.source, names, layers, changed, format, staging)
-    return rows
+    def _transform(
+        self, seen: "_Seen", candidates: Candidates | None, changed: dict[str, Tensor]
+    ) -> list[LayerRow]:
+        """Transform every layer and write it.
 
+        What a loader of the output will make of the layers, and of the other tensors that scales
+        were folded into, is put into `changed`.
+        """
+        source = self.runner.source
+        rows: list[LayerRow] = []
+        folded: dict[str, Tensor] = {}
+        by_name = {layer.name: layer for layer in self.layers}
+        for group in together(self.layers, self.plan):
+            done = _transform_group(source, self.plan, group, folded, seen, candidates)
+            scale = done[0].input_scale
+            while done:
+                rows.append(self._finish_layer(done.pop(0), changed))
+            if scale is not None:
+                feeder = group[0].feeder
+                names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
+                tensors = {
+                    name: folded.get(name, source.read(name).float())
+                    for name in names
+                    if name in source.tensors
+                }
+                offset = self.found.family.norm_offset
+                folded |= fold(feeder, tensors, scale, norm_offset=offset)
+        for name, value in folded.items():
+            if name.endswith(".bias") or _layer_of(name) not in by_name:
+                self._write_rest(name, value, changed)
+        return rows
 
-def _kept(
-    staging: Staging,
-    economy: Economy,
-    step: str,
-    name: str,
-    parts: Iterable[Tensor],
-    windows: int,
-    into: Tensor | None = None,
-) -> Activations:
-    """Activations as they come out of a step, where they are held between steps."""
-    if economy.on_disk:
-        return staging.store(step, name, parts, windows)
-    return filled(parts, windows, into)
+    def _finish_layer(self, result: Transformed, changed: dict[str, Tensor]) -> LayerRow:
+        """Write a transformed layer, and note what a loader will make of it."""
+        layer, format = result.layer, self.format
+        info = self.runner.source.tensors[layer.tensor]
+        if not result.plan.steps and layer.expert is None:
+            self._write_rest(info.name, layer.store(result.weight, info.shape), changed)
+        else:
+            matrix = format.restored(result, info.dtype)
+            if layer.expert is None:
+                changed[info.name] = layer.store(matrix, info.shape)
+            else:
+                whole = changed.setdefault(info.name, torch.empty(info.shape))
+                whole[layer.expert] = matrix
+            writer = LayerWriter(layer, result.plan, format, self.staging)
+            writer.write(format.encode(result, info))
+            writer.finish()
+        return LayerRow.of(
+            layer,
+            result.plan,
+            info,
+            stored=format.size(layer, result.plan, info),
+            error=result.error,
+            density=1.0 if result.kept is None else float(result.kept.float().mean()),
+            notes=result.notes,
+        )
+
+    def _write_rest(self, name: str, value: Tensor, changed: dict[str, Tensor]) -> None:
+        """Write a tensor that stays what it was, with what was folded into it."""
+        info, format = self.runner.source.tensors[name], self.format
+        value = value.to(info.dtype)
+        changed[name] = format.restored_rest(info, value).float()
+        if (stored := format.rest(info)) is not None:
+            self.staging.write(stored.name, format.encode_rest(info, value))
 
 
 def _step(block: str) -> str:
     return block or "model"
 
 
-def _by_block(
-    source: Source, found: Structure, runner: Runner
-) -> tuple[dict[str, list[str]], list[str]]:
+def restored_outside(runner: Runner, format: Format) -> dict[str, Tensor]:
+    """The tensors of no block that a loader of the output will see otherwise than they are."""
+    source = runner.source
+    return _restored_rest(source, format, by_block(runner)[1])
+
+
+def _restored_rest(source: Source, format: Format, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a loader holds of tensors no plan touches, unless they are stored as they are."""
+    infos = [source.tensors[name] for name in names]
+    return {
+        info.name: format.restored_rest(info, source.read(info.name))
+        for info in infos
+        if format.rest(info) != info
+    }
+
+
+def by_block(runner: Runner) -> tuple[dict[str, list[str]], list[str]]:
     """The tensors of each block, and those of none."""
+    source = runner.source
     inside: dict[str, list[str]] = {block: [] for block in runner.blocks}
     outside: list[str] = []
     for name in source.tensors:
@@ -192,105 +374,70 @@ def gather(
     return {reads: collectors[layer.name].evidence() for reads, layer in first.items()}
 
 
+@dataclass
 class _Seen:
-    """What calibration shows of a block's inputs: of all in one pass, or a pass for each."""
+    """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
-    def __init__(
-        self,
-        runner: Runner,
-        block: str,
-        layers: Sequence[Layer],
-        words: frozenset[str],
-        hidden: Activations | None,
-        input_by_input: bool,
-    ) -> None:
-        self._gather = functools.partial(gather, runner, block, words=words, hidden=hidden)
-        self._input_by_input = input_by_input
-        self._all = {} if input_by_input else dict(self._gather(layers))
-        self._done: set[str] = set()
+    Nothing is run before something is asked for.
+    """
+
+    runner: Runner
+    block: str
+    layers: Sequence[Layer]
+    words: frozenset[str]
+    hidden: Callable[[], Activations | None]
+    input_by_input: bool
+    all: dict[str, Mapping[str, object]] | None = None
+    last: str = ""
 
     def of(self, group: Sequence[Layer]) -> Mapping[str, object]:
-        """What these layers read; what others read that came before is dropped."""
+        """What these layers read; it is dropped when others are asked for."""
         reads = group[0].reads
-        if self._input_by_input and reads not in self._all:
-            self._all = {}
-            self._all = dict(self._gather(group))
-        self._all = {
-            one: seen for one, seen in self._all.items() if one not in self._done - {reads}
-        }
-        self._done.add(reads)
-        return self._all.get(reads, {})
+        if self.all is not None and reads != self.last:
+            self.all.pop(self.last, None)
+        if self.all is None or (self.input_by_input and reads != self.last):
+            self.all = None  # before more is gathered
+            self.all = dict(self._gather(group if self.input_by_input else self.layers))
+        self.last = reads
+        return self.all.get(reads, {})
+
+    def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
+        return gather(self.runner, self.block, layers, self.words, self.hidden())
 
 
-def _transform_block(
+def _transform_group(
     source: Source,
-    found: Structure,
     plan: Plan,
-    layers: Sequence[Layer],
+    group: Sequence[Layer],
+    folded: Mapping[str, Tensor],
     seen: _Seen,
-    format: Format,
-    staging: Staging,
-) -> tuple[list[LayerRow], dict[str, Tensor]]:
-    """Transform every layer of a block, and write it.
-
-    Returns:
-        A row for each, and the block's new tensors as a loader of the output will see them: those
-        of the layers, and the others that scales were folded into.
-    """
-    rows: list[LayerRow] = []
-    folded: dict[str, Tensor] = {}
-    changed: dict[str, Tensor] = {}
-    by_name = {layer.name: layer for layer in layers}
-    for group in together(layers, plan):
-        weights = [_weight(source, layer, folded) for layer in group]
-        plans = [plan.layers[layer.name] for layer in group]
-        done = transform(group, weights, seen.of(group), plans, plan.options)
-        del weights
-        scale = done[0].input_scale
-        while done:
-            rows.append(_finish_layer(source, done.pop(0), changed, format, staging))
-        if scale is not None:
-            feeder = group[0].feeder
-            names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
-            tensors = {
-                name: folded.get(name, source.read(name).float())
-                for name in names
-                if name in source.tensors
-            }
-            folded |= fold(feeder, tensors, scale, norm_offset=found.family.norm_offset)
-    for name, value in folded.items():
-        if name.endswith(".bias") or _layer_of(name) not in by_name:
-            changed[name] = value.to(source.tensors[name].dtype).float()
-    return rows, changed
+    candidates: Candidates | None,
+) -> list[Transformed]:
+    """Layers that read one input, made before or now."""
+    plans = [plan.layers[layer.name] for layer in group]
+    # What scales were folded into is another weight than the one candidates are made of.
+    kept = None if any(layer.tensor in folded for layer in group) else candidates
+    if kept is not None:
+        found = [
+            kept.find(layer, one, plan.options) if one.steps else _left(source, layer, one)
+            for layer, one in zip(group, plans, strict=True)
+        ]
+        known = [one for one in found if one is not None]
+        if len(known) == len(group):
+            return known
+    evidence = seen.of(group) if any(one.steps for one in plans) else {}
+    weights = [_weight(source, layer, folded) for layer in group]
+    made = transform(group, weights, evidence, plans, plan.options)
+    for result in made:
+        if kept is not None and result.plan.steps:
+            kept.keep(result, plan.options)
+            kept.keep_losses(result.layer, Losses.of(result), plan.options)
+    return made
 
 
-def _finish_layer(
-    source: Source,
-    result: Transformed,
-    changed: dict[str, Tensor],
-    format: Format,
-    staging: Staging,
-) -> LayerRow:
-    """Write a transformed layer, and note what a loader will make of it."""
-    layer, info = result.layer, source.tensors[result.layer.tensor]
-    matrix = format.restored(result, info.dtype)
-    if layer.expert is None:
-        changed[info.name] = layer.store(matrix, info.shape)
-    else:
-        whole = changed.setdefault(info.name, torch.empty(info.shape))
-        whole[layer.expert] = matrix
-    writer = LayerWriter(layer, result.plan, format, staging)
-    writer.write(format.encode(result, info))
-    writer.finish()
-    return LayerRow.of(
-        layer,
-        result.plan,
-        info,
-        stored=format.size(layer, result.plan, info),
-        error=result.error,
-        density=1.0 if result.kept is None else float(result.kept.float().mean()),
-        notes=result.notes,
-    )
+def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
+    """A layer that its plan leaves as it is."""
+    return transform([layer], [_weight(source, layer, {})], {}, [plan], {})[0]
 
 
 def together(layers: Sequence[Layer], plan: Plan) -> list[list[Layer]]:
@@ -322,24 +469,3 @@ def _layer_of(tensor: str) -> str:
 def _weight(source: Source, layer: Layer, folded: Mapping[str, Tensor]) -> Tensor:
     tensor = folded.get(layer.tensor)
     return (layer.read(source) if tensor is None else layer.matrix(tensor)).float().contiguous()
-
-
-def _write_rest(
-    source: Source,
-    names: Sequence[str],
-    layers: Sequence[Layer],
-    changed: Mapping[str, Tensor],
-    format: Format,
-    staging: Staging,
-) -> None:
-    """Write the tensors of a block that are no layers."""
-    layered = {layer.tensor for layer in layers}
-    for name in names:
-        info = source.tensors[name]
-        if name in layered:
-            continue
-        if name in changed:
-            stored = format.encode_rest(info, changed[name].to(info.dtype))
-            staging.write(format.rest(info).name, stored)
-        else:
-            copy_tensor(source, info, format, staging)

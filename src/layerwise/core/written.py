@@ -1,13 +1,17 @@
-"""What people write: YAML files, and whether a value in one fits where it is to go."""
+"""What people write, and what we wrote: whether a value fits where it is to go."""
 
+import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from layerwise.core.errors import UserError
+
+Record = TypeVar("Record")
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -71,6 +75,51 @@ def check_types(where: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) 
             raise UserError(f"{where} has {name}: {value!r}.", f"Write {described(kinds[name])}.")
 
 
+def rebuilt(kind: type[Record], content: Any, where: str) -> Record:
+    """A dataclass from what JSON kept of it, its dataclasses inside included.
+
+    A field that is not there has its default; a name that is no field is passed over, since a
+    later version may have written it.
+
+    Args:
+        kind: The dataclass.
+        content: Its fields by name.
+        where: Where they stand, for the message.
+
+    Raises:
+        UserError: A field without a default is not there, or one holds what it cannot hold.
+    """
+    return _rebuilt(kind, content, where)
+
+
+def _rebuilt(kind: Any, value: Any, where: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType) and value is not None:
+        kind = next(filter(dataclasses.is_dataclass, inner), kind)
+    if origin is Sequence and isinstance(value, list | tuple):
+        return tuple(_rebuilt(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        made: Any = kind
+        return made(**_parts(kind, value, where))
+    if not fits(value, kind):
+        raise UserError(
+            f"{where} is {value!r}, not {described(kind)}.", "Give a file as layerwise wrote it."
+        )
+    fraction = float in (kind, *inner) and int not in inner
+    return float(value) if fraction and isinstance(value, int) else value
+
+
+def _parts(kind: Any, value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name in value:
+            inside = get_type_hints(kind)[field.name]
+            parts[field.name] = _rebuilt(inside, value[field.name], f"{where}: {field.name}")
+        elif field.default is field.default_factory:  # both are MISSING
+            raise UserError(f"{where} lacks {field.name!r}.", "Give a file as layerwise wrote it.")
+    return parts
+
+
 def read_yaml(file: Path, kind: str, maker: str) -> Any:
     """What a YAML file holds: plain data, no key twice.
 
@@ -106,3 +155,18 @@ class _Loader(yaml.SafeLoader):
                 )
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """A size in bytes, as people write it: 900MiB, 1.2GB.
+
+    Raises:
+        UserError: It is not written as one.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]?i?B)\s*", text)
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{text!r} is not a size.", f"Write 1.2GiB ({', '.join(UNITS)}).")
+    return int(float(match[1]) * UNITS[match[2]])

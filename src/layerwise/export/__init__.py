@@ -5,15 +5,22 @@ from collections.abc import Mapping
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.export._adapter import CONFIG as ADAPTER_CONFIG
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
+from layerwise.export.gguf import Gguf
+from layerwise.export.gptq import Gptq
 from layerwise.export.layerwise import Layerwise
 
 FORMATS: Mapping[str, type[Format]] = {
     "dense": Dense,
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
+    "gptq": Gptq,
     "layerwise": Layerwise,
 }
+
+__all__ = ["ADAPTER_CONFIG", "FORMATS", "get", "kind"]
 
 
 def get(name: str, source: Source) -> Format:

@@ -1,13 +1,20 @@
-"""The compressed-tensors format, `pack-quantized`: what vLLM and transformers load.
+"""The compressed-tensors format: what vLLM and transformers load.
 
-Codes are packed densely, least significant bit first, into int32 words along the inputs; zero
-points along the outputs.  https://github.com/vllm-project/compressed-tensors (0.20) is what the
-tests read it back with; before 0.18 it packed widths that do not divide 32, such as 3, with whole
-codes to a word, and so cannot read these files.
+Integer codes are `pack-quantized`: packed densely, least significant bit first, into int32 words
+along the inputs; zero points along the outputs.  Codes that are 8-bit floats are
+`float-quantized`: a tensor of float8_e4m3fn.  A file with both says `mixed-precision`.  There is
+also `int-quantized`, one int8 per code; vLLM takes it for a layer whose inputs are quantized too
+and refuses it for one whose weights alone are, and it is no smaller than packed codes of 8 bits.
+
+https://github.com/vllm-project/compressed-tensors (0.20) is what the tests read it back with;
+before 0.18 it packed widths that do not divide 32, such as 3, with whole codes to a word, and so
+cannot read these files.
+
+Low-rank corrections lie beside the files as a PEFT adapter: see `_adapter.py`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,18 +24,43 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.packing import pack, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.results import SCALE_DTYPE
+from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE
+from layerwise.core.staging import Arrangement
 from layerwise.core.structure import Layer, Structure
-from layerwise.export._packing import pack, words
+from layerwise.export._adapter import (
+    adapter_files,
+    adapter_problem,
+    adapter_tensors,
+    arrange_beside,
+    corrected,
+    encode_adapter,
+)
 
 _WIDEST = 8
+_PACKED, _FLOAT, _MIXED = "pack-quantized", "float-quantized", "mixed-precision"
+
+
+class _Grid(NamedTuple):
+    """What layers of one group in the configuration have in common."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    float8: bool
+
+    @property
+    def format(self) -> str:
+        return _FLOAT if self.float8 else _PACKED
 
 
 class CompressedTensors(Format):
-    """Integer codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
+    """Codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     packages = ("compressed_tensors",)
+    directory = True
+    adapts = True
     packs = True
     unpacking = 16.0
 
@@ -42,51 +74,61 @@ class CompressedTensors(Format):
                 )
 
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
-        """Codes, scales and the shape; zero points unless symmetric."""
+        """Codes and scales; of packed codes the shape, too; the adapter's of a correction."""
+        adapter = adapter_tensors(layer, plan, info)
         if plan.bits is None:
-            return [info]
+            return [info, *adapter]
         groups = -(-layer.width // (plan.group or layer.width))
-        made = [
-            TensorInfo(
-                f"{layer.name}.weight_packed",
-                torch.int32,
-                (layer.rows, words(layer.width, plan.bits)),
-            ),
-            TensorInfo(f"{layer.name}.weight_scale", SCALE_DTYPE, (layer.rows, groups)),
+        scale = TensorInfo(f"{layer.name}.weight_scale", SCALE_DTYPE, (layer.rows, groups))
+        if plan.codes == "float8":
+            shape = (layer.rows, layer.width)
+            return [TensorInfo(f"{layer.name}.weight", FLOAT8_DTYPE, shape), scale, *adapter]
+        packed = (layer.rows, words(layer.width, plan.bits))
+        return [
+            TensorInfo(f"{layer.name}.weight_packed", torch.int32, packed),
+            scale,
             TensorInfo(f"{layer.name}.weight_shape", torch.int64, (2,)),
+            *adapter,
         ]
-        if not plan.symmetric:
-            shape = (words(layer.rows, plan.bits), groups)
-            made.append(TensorInfo(f"{layer.name}.weight_zero_point", torch.int32, shape))
-        return made
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
-        """Pack a layer's codes, or rows of them (32 at a time, so that zero points fill words)."""
+        """Pack a layer's codes, or those of some rows."""
         quantized, name = done.quantized, done.layer.name
+        made = encode_adapter(done, info.dtype)
         if quantized is None:
-            return {info.name: done.layer.store(done.weight.to(info.dtype), (-1, *info.shape[1:]))}
-        made = {
-            f"{name}.weight_packed": pack(quantized.codes, quantized.bits),
-            f"{name}.weight_scale": quantized.scale,
-        }
-        if not quantized.symmetric:
-            packed = pack(quantized.zero.T, quantized.bits)
-            made[f"{name}.weight_zero_point"] = packed.T.contiguous()
+            stored = done.layer.store(done.base.to(info.dtype), (-1, *info.shape[1:]))
+            return {info.name: stored, **made}
+        made[f"{name}.weight_scale"] = quantized.scale
+        if quantized.points is not None:
+            made[f"{name}.weight"] = quantized.codes.contiguous().view(FLOAT8_DTYPE)
+        else:
+            made[f"{name}.weight_packed"] = pack(quantized.codes, quantized.bits)
         return made
+
+    def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
+        """Files with room for all tensors, the adapter's in one of their own."""
+        return arrange_beside(tensors, self.stem)
+
+    def files(self, plan: Plan, found: Structure) -> Mapping[str, bytes]:
+        """What says how the adapter is to be read."""
+        return adapter_files(plan)
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
         """The shape, which packed codes no longer tell."""
-        if plan.bits is None:
+        if plan.codes != "integer":
             return {}
         return {f"{layer.name}.weight_shape": torch.tensor([layer.rows, layer.width])}
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The codes' own values; a loader that computes in float32 rounds those of experts only."""
         if done.quantized is None:
-            return done.weight.to(dtype).float()
+            return corrected(done, done.base.to(dtype).float(), dtype)
         values = done.quantized.grid_values()
-        # transformers joins a block's experts to one tensor, which it holds in the scales' dtype.
-        return values.to(SCALE_DTYPE).float() if "experts." in done.layer.name else values
+        # transformers joins a block's experts to one tensor; of packed codes it holds that in the
+        # scales' dtype, of floats in the one it was asked for.
+        if "experts." in done.layer.name and done.quantized.points is None:
+            return values.to(SCALE_DTYPE).float()
+        return corrected(done, values, dtype)
 
     @classmethod
     def grid(cls, bits: int) -> tuple[int | None, bool | None]:
@@ -95,13 +137,18 @@ class CompressedTensors(Format):
 
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """`quantization_config`: one group of layers per grid, and what is ignored."""
-        grids: dict[tuple[int, int, bool], list[str]] = {}
+        grids: dict[_Grid, list[str]] = {}
         ignored = [_module(name) for name in found.left if _is_matrix_name(name)]
         for name, layer in plan.layers.items():
             if layer.bits is None:
                 ignored.append(name)
             else:
-                grids.setdefault((layer.bits, layer.group, layer.symmetric), []).append(name)
+                float8 = layer.codes == "float8"
+                grid = _Grid(layer.bits, layer.group, layer.symmetric, float8)
+                grids.setdefault(grid, []).append(name)
+        if not grids:
+            return {}
+        formats = {grid.format for grid in grids}
         groups = {
             f"group_{number}": _scheme(grid, names)
             for number, (grid, names) in enumerate(grids.items())
@@ -109,7 +156,7 @@ class CompressedTensors(Format):
         return {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
+                "format": formats.pop() if len(formats) == 1 else _MIXED,
                 "quantization_status": "compressed",
                 "config_groups": groups,
                 "ignore": sorted({*ignored, "lm_head"}),
@@ -121,13 +168,14 @@ class CompressedTensors(Format):
 
 def _problem(layer: Layer, plan: LayerPlan) -> str:
     """Why the format has no place for a layer; "" if it has."""
+    if problem := adapter_problem(layer, plan):
+        return problem
     if plan.bits is None:
-        return "a low-rank correction without codes" if plan.rank else ""
+        return ""
     rules = (
         (plan.bits > _WIDEST, f"{plan.bits} bits; it goes up to {_WIDEST}"),
         (layer.layout != "linear", f"it is stored as a {layer.layout}, not as a Linear"),
         (layer.expert is not None, "its experts lie in one 3-D tensor"),
-        (plan.rank > 0, "it has no place for a low-rank correction"),
         (
             # Version 0.20 lays a packed zero point out with the shape of an unpacked one, so
             # from_pretrained refuses every asymmetric pack-quantized checkpoint.
@@ -138,14 +186,13 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
     return next((problem for applies, problem in rules if applies), "")
 
 
-def _scheme(grid: tuple[int, int, bool], targets: list[str]) -> dict[str, Any]:
-    bits, group, symmetric = grid
+def _scheme(grid: _Grid, targets: list[str]) -> dict[str, Any]:
     weights: dict[str, Any] = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group" if group else "channel",
-        "group_size": group or None,
+        "num_bits": grid.bits,
+        "type": "float" if grid.float8 else "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group" if grid.group else "channel",
+        "group_size": grid.group or None,
         "dynamic": False,
         "actorder": None,
     }
@@ -154,7 +201,7 @@ def _scheme(grid: tuple[int, int, bool], targets: list[str]) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": grid.format,
     }
 
 

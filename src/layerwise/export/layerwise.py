@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,14 +18,14 @@ from layerwise.core.apply import Transformed
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.packing import BYTE, pack, pack_bits, unpack, unpack_bits, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.results import SCALE_DTYPE, Quantized
+from layerwise.core.results import SCALE_DTYPE, Quantized, float8_points
 from layerwise.core.structure import Layer, Structure
-from layerwise.export._packing import pack, unpack, words
+from layerwise.export._adapter import corrected, factors
 
 NAME = "layerwise"
-VERSION = 1
-_BYTE = 8  # bits
+VERSION = 2  # the first in which codes may be floats; files without them still say 1
 
 
 class Layerwise(Format):
@@ -55,12 +55,16 @@ class Layerwise(Format):
         name, sparse = layer.name, plan.density < 1
         made: list[TensorInfo] = []
         if sparse:
-            shape = (layer.rows, -(-layer.width // _BYTE))
+            shape = (layer.rows, -(-layer.width // BYTE))
             made.append(TensorInfo(f"{name}.mask", torch.uint8, shape))
         if plan.bits is not None:
             groups = -(-layer.width // (plan.group or layer.width))
             rows, width = (1, _capacity(layer, plan)) if sparse else (layer.rows, layer.width)
-            made.append(TensorInfo(f"{name}.codes", torch.int32, (rows, words(width, plan.bits))))
+            if plan.codes == "float8":
+                made.append(TensorInfo(f"{name}.codes", torch.uint8, (rows, width)))
+            else:
+                shape = (rows, words(width, plan.bits))
+                made.append(TensorInfo(f"{name}.codes", torch.int32, shape))
             made.append(TensorInfo(f"{name}.scale", SCALE_DTYPE, (layer.rows, groups)))
             if not plan.symmetric:
                 shape = (layer.rows, words(groups, plan.bits))
@@ -84,7 +88,8 @@ class Layerwise(Format):
             codes = quantized.codes
             if done.kept is not None:
                 codes = _survivors(codes, done.kept, _capacity(done.layer, plan))
-            made[f"{name}.codes"] = pack(codes, quantized.bits)
+            floats = quantized.points is not None
+            made[f"{name}.codes"] = codes.contiguous() if floats else pack(codes, quantized.bits)
             made[f"{name}.scale"] = quantized.scale
             if not quantized.symmetric:
                 made[f"{name}.zero"] = pack(quantized.zero, quantized.bits)
@@ -93,16 +98,15 @@ class Layerwise(Format):
             made[f"{name}.values"] = values.to(info.dtype)
         else:
             made[info.name] = done.layer.store(done.base.to(info.dtype), (-1, *info.shape[1:]))
-        if (factors := _factors(done, info.dtype)) is not None:
-            made[f"{name}.left"], made[f"{name}.right"] = factors
+        if (sides := factors(done, info.dtype)) is not None:
+            made[f"{name}.left"], made[f"{name}.right"] = sides
         return made
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The codes' own values, or the stored ones, and the stored factors' product."""
         quantized = done.quantized
         base = done.base.to(dtype).float() if quantized is None else quantized.grid_values()
-        factors = _factors(done, dtype)
-        return base if factors is None else base + factors[0].float() @ factors[1].float()
+        return corrected(done, base, dtype)
 
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """What `read` needs."""
@@ -112,6 +116,7 @@ class Layerwise(Format):
                 "shape": list(self.source.tensors[found.layers[name].tensor].shape),
                 "transposed": found.layers[name].layout == "conv1d",
                 "bits": layer.bits,
+                "codes": layer.codes,
                 "group": layer.group,
                 "symmetric": layer.symmetric,
                 "sparse": layer.density < 1,
@@ -120,7 +125,8 @@ class Layerwise(Format):
             for name, layer in plan.layers.items()
             if layer.steps
         }
-        stored = {"quant_method": NAME, "version": VERSION, "layers": layers}
+        floats = any(facts["codes"] == "float8" for facts in layers.values())
+        stored = {"quant_method": NAME, "version": VERSION if floats else 1, "layers": layers}
         return {"quantization_config": stored}
 
     def read(self) -> Mapping[str, Tensor]:
@@ -158,14 +164,15 @@ def _decoded(source: Source, name: str, facts: Mapping[str, Any]) -> Float[Tenso
         group = int(facts["group"] or width)
         scale = source.read(f"{name}.scale")
         zero = _zero(source, name, facts, scale)
+        floats = facts.get("codes") == "float8"
         codes = source.read(f"{name}.codes")
-        if kept is None:
-            codes = unpack(codes, bits, width)
-        else:
-            survivors = unpack(codes, bits, int(kept.sum()))[0]
+        held = width if kept is None else int(kept.sum())
+        codes = codes[:, :held].int() if floats else unpack(codes, bits, held)
+        if kept is not None:
             zeros = zero.repeat_interleave(group, dim=1)[:, :width]
-            codes = zeros.masked_scatter(kept, survivors)
-        base = Quantized(codes, scale, zero, bits, group).grid_values()
+            codes = zeros.masked_scatter(kept, codes[0])
+        points = float8_points() if floats else None
+        base = Quantized(codes, scale, zero, bits, group, points=points).grid_values()
     elif kept is not None:
         values = source.read(f"{name}.values").float()[0]
         base = torch.zeros(rows, width).masked_scatter(kept, values)
@@ -181,22 +188,9 @@ def _decoded(source: Source, name: str, facts: Mapping[str, Any]) -> Float[Tenso
 def _zero(source: Source, name: str, facts: Mapping[str, Any], scale: Tensor) -> Tensor:
     bits = int(facts["bits"])
     if facts["symmetric"]:
-        return torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32)
+        middle = 0 if facts.get("codes") == "float8" else 2 ** (bits - 1)
+        return torch.full(scale.shape, middle, dtype=torch.int32)
     return unpack(source.read(f"{name}.zero"), bits, scale.shape[1])
-
-
-def pack_bits(mask: Bool[Tensor, "rows width"]) -> Tensor:
-    """Eight entries to a byte, the first in its lowest bit; (rows, ceil(width / 8)), uint8."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % _BYTE))
-    lanes = padded.reshape(len(mask), -1, _BYTE)
-    weights = 2 ** torch.arange(_BYTE, dtype=torch.uint8)
-    return (lanes * weights).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, width: int) -> Bool[Tensor, "rows width"]:
-    """What `pack_bits` packed."""
-    bits = packed[..., None] >> torch.arange(_BYTE, dtype=torch.uint8) & 1
-    return bits.reshape(len(packed), -1)[:, :width].bool()
 
 
 def _capacity(layer: Layer, plan: LayerPlan) -> int:
@@ -209,12 +203,3 @@ def _survivors(matrix: Tensor, kept: Tensor, capacity: int) -> Tensor:
     chosen = matrix[kept]
     assert len(chosen) <= capacity, f"{len(chosen)} survivors, room for {capacity}"
     return functional.pad(chosen, (0, capacity - len(chosen)))[None]
-
-
-def _factors(done: Transformed, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """The correction as stored: its right side takes the scales that went into the feeder."""
-    if done.low_rank is None:
-        return None
-    scale = done.input_scale
-    right = done.low_rank.right if scale is None else done.low_rank.right * scale
-    return done.low_rank.left.to(dtype).contiguous(), right.to(dtype).contiguous()

@@ -1,11 +1,10 @@
 """Compress: plan, check, transform, write, load back, compare, report."""
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from layerwise import __version__, export
+from layerwise import export
 from layerwise.core import memory
-from layerwise.core.activations import Activations, filled
-from layerwise.core.checkpoint import Checkpoint, ModuleSource, open_checkpoint, open_source
-from layerwise.core.economy import Economy
+from layerwise.core.activations import filled
+from layerwise.core.cache import Cache
+from layerwise.core.candidates import Candidates
+from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
+from layerwise.core.economy import Economy, memory_limit
+from layerwise.core.environment import environment
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -27,9 +29,11 @@ from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
-from layerwise.core.walk import Walked, walk
-from layerwise.flow.evaluating import answers, compare, load
-from layerwise.flow.planning import Wish, make_plan
+from layerwise.core.walk import Walked, restored_outside, walk
+from layerwise.evaluate.text import compare
+from layerwise.flow.identity import candidates_of, run_identity
+from layerwise.flow.loading import answers, load, loader_of
+from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     PROOF_WINDOWS,
     Prepared,
@@ -40,6 +44,9 @@ from layerwise.flow.preparing import (
     prepare,
 )
 from layerwise.flow.promising import foresight, promised
+from layerwise.flow.proving import predicted
+from layerwise.flow.wish import Wish
+from layerwise.report.html import html
 
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
 # point or order of codes moves it by far more than this.
@@ -56,6 +63,8 @@ def compress(
     plan: Path | Plan | None = None,
     proof: Proving = "auto",
     max_memory: str = "",
+    cache: Cache,
+    layer_windows: int = 4,
     device: str = "cpu",
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -72,10 +81,13 @@ def compress(
         plan: A plan, or the file of one.
         proof: "logits" loads the files back and compares; "auto" does if the model can run.
         max_memory: The most memory that may be held, such as "4GiB"; "" for no limit.
+        cache: Where results are kept for other budgets.
+        layer_windows: Windows of the proof's text on which each layer's own KL is measured, when
+            a budget was shared out; 0 leaves that out.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let the checkpoint bring its own Python.
-        recipe: How this run was asked for; written beside the output.
+        recipe: How this run was asked for; written beside the output and into the report.
 
     Raises:
         UserError: The output was not made.
@@ -84,6 +96,8 @@ def compress(
     begun, used = time.perf_counter(), memory.cpu_seconds()
     target = Path(os.path.abspath(Path(out).expanduser()))  # "new/.." is no place for an output
     check_target(target)
+    if max_memory:
+        memory_limit(max_memory)  # what is no amount is refused before anything is read
     source = open_source(model)
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
@@ -94,21 +108,34 @@ def compress(
         found,
         methods,
         texts,
+        learning=() if ready else wish.learning,
         format=format,
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if ready is None:
-        ready = make_plan(prepared, wish, progress)
+    candidates = candidates_of(prepared, cache)
+    planned = make_plan(prepared, wish, candidates, progress) if ready is None else Planned(ready)
+    ready = planned.plan
     arrangement = check(prepared, ready)
-    economy, foreseen = promised(foresight(prepared, ready, arrangement.size), max_memory)
+    apart = layer_windows if planned.curves else 0
+    seen = foresight(prepared, ready, arrangement.size, apart=apart)
+    economy, foreseen = promised(seen, max_memory)
     check_disk(target, foreseen.disk_bytes)
     progress.tell(foreseen.words())
     working = time.perf_counter()
-    staging = stage(target, arrangement, _identity(prepared, ready), restart=restart)
+    staging = stage(target, arrangement, run_identity(prepared, ready), restart=restart)
     with staging:
-        rows, comparison, answered = _transform(prepared, ready, format, staging, progress, economy)
+        if prepared.runner is not None:
+            prepared = replace(prepared, runner=prepared.runner.running(economy.tokens))
+        rows, compared, answered = _transform(
+            prepared, ready, format, staging, candidates, progress, economy
+        )
+        prediction = None
+        if layer_windows and compared and planned.curves:
+            rows, prediction = predicted(
+                prepared, planned, rows, compared[0], candidates, layer_windows, progress
+            )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
         proved = _prove(
             prepared, ready, staging.folder, answered, progress, trust_remote_code, economy
@@ -122,19 +149,44 @@ def compress(
             bytes_before=source.size,
             bytes_after=arrangement.size,
             average_bits=_average_bits(rows),
-            comparison=comparison,
+            comparison=compared[0] if compared else None,
             proof=proved,
             seconds=time.perf_counter() - begun,
             work_seconds=time.perf_counter() - working,
             cpu_seconds=memory.cpu_seconds() - used,
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
-            notes=[*_notes(prepared, ready), *economy.notes()],
+            noise_floor=compared[1] if len(compared) > 1 else None,
+            notes=[*planned.notes, *_notes(prepared, ready), *economy.notes(), *cache.notes],
+            prediction=prediction,
+            environment=environment(str(prepared.runner.device) if prepared.runner else "cpu"),
+            recipe=recipe or {"compress": _asked(source, out, wish, texts, plan)},
             disk_bytes=staging.most_bytes,
         )
-        staging.add({"report.json": (json.dumps(report.as_json(), indent=2) + "\n").encode()})
+        told = json.dumps(report.as_json(), indent=2) + "\n"
+        staging.add({"report.json": told.encode(), "report.html": html(report).encode()})
         staging.publish()
     return report
+
+
+def _asked(
+    source: Source, out: str | Path, wish: Wish, texts: Texts, plan: Path | Plan | None
+) -> dict[str, Any]:
+    """How a run without a recipe was asked for: what is not as it would be anyway."""
+    usual, wished = (
+        asdict(one)
+        | {"samples": text.samples, "length": text.length, "text_samples": text.heldout_samples}
+        for one, text in ((Wish(), Texts()), (wish, texts))
+    )
+    wished = {name: value for name, value in wished.items() if value != usual[name]}
+    # A text can be a tensor or a long list; what it was is enough.
+    named = {
+        name: str(text) if isinstance(text, str | Path) else f"a {type(text).__name__}"
+        for name, text in (("calibration", texts.calibration), ("text", texts.heldout))
+        if text is not None
+    }
+    planned = {} if plan is None else {"plan": str(plan) if isinstance(plan, Path) else "a Plan"}
+    return {"model": source.label, "out": str(out), **planned, **wished, **named}
 
 
 def _average_bits(rows: Sequence[LayerRow]) -> float:
@@ -142,48 +194,23 @@ def _average_bits(rows: Sequence[LayerRow]) -> float:
     return stored / sum(row.rows * row.width for row in rows)
 
 
-def _identity(prepared: Prepared, plan: Plan) -> str:
-    """Says what a run is: the same inputs and the same plan give the same bytes."""
-    source = prepared.source
-    work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
-    options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    said = [__version__, plan.format, work, options, dict(source.config)]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
-    for info in source.tensors.values():
-        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
-        if isinstance(source, ModuleSource):
-            digest.update(_content(source.read(info.name)))
-    if isinstance(source, Checkpoint):
-        for file in sorted(set(source.files.values())):
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    for text in (prepared.calibration, prepared.heldout):
-        digest.update(f"{None if text is None else tuple(text.ids.shape)}".encode())
-        if text is not None:
-            digest.update(_content(text.ids))
-    device = prepared.runner.device if prepared.runner else "cpu"
-    digest.update(str(device).encode())
-    return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> memoryview:
-    """A tensor's bytes."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def _transform(
     prepared: Prepared,
     plan: Plan,
     format: Format,
     staging: Staging,
+    candidates: Candidates,
     progress: Progress,
     economy: Economy,
-) -> tuple[list[LayerRow], Comparison | None, Tensor | None]:
-    """Write the tensors; the comparison and the logits of the proof, if the model was run."""
+) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None]:
+    """Write the tensors; if the model was run, compare it, and give the logits of the proof.
+
+    The first comparison is of the result, the second of the original in bfloat16.
+    """
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
         rows = stream(prepared.source, prepared.found, plan, format, staging, progress, economy)
-        return rows, None, None
+        return rows, (), None
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
     carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
@@ -196,30 +223,31 @@ def _transform(
         progress,
         calibration=calibration.ids if calibration else None,
         heldout=carried,
+        noise_floor=prepared.noise_floor,
+        candidates=candidates,
         economy=economy,
     )
     if heldout is None:
-        return walked.rows, None, None
-    runner = runner.running(economy.tokens)
-    count = min(PROOF_WINDOWS, len(heldout.ids))
-    first = filled(_logits(runner, walked.heldout, heldout.ids, count), count)
-    if runner.whole:
-        return walked.rows, None, first
-    return walked.rows, _compare(runner, walked, heldout), first
+        return walked.rows, (), None
+    around = restored_outside(runner, format)
+    shown = heldout.ids[:PROOF_WINDOWS]
+    parts = runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around)
+    first = filled(parts, len(shown))
+    # Only a text is compared here: what else a model answers is proven, and no more.
+    if runner.whole or first.dim() != 3:
+        return walked.rows, (), first
+    return walked.rows, _compare(runner, walked, heldout, around), first
 
 
-def _compare(runner: Runner, walked: Walked, heldout: Windows) -> Comparison:
+def _compare(
+    runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
+) -> list[Comparison]:
     outer = runner.outer()
-    return compare(
-        heldout.ids,
-        runner.logits(walked.heldout, heldout.ids, {}, outer),
-        runner.logits(walked.heldout_before, heldout.ids, {}, outer),
-        heldout.label,
-    )
-
-
-def _logits(runner: Runner, hidden: Activations, ids: Tensor, count: int) -> Iterator[Tensor]:
-    return runner.logits(hidden[:count], ids[:count], {})
+    changed = None if around else outer
+    results = [runner.logits(walked.heldout, heldout.ids, around, changed)]
+    if walked.heldout_floor is not None:
+        results.append(runner.logits(walked.heldout_floor, heldout.ids, {}))
+    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}, outer))
 
 
 def _small_files(
@@ -231,6 +259,7 @@ def _small_files(
     if added:
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files |= format.files(plan, prepared.found)
     files["plan.yaml"] = to_yaml(plan, source.label, prepared.found).encode()
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
@@ -267,7 +296,7 @@ def _prove(
     else:
         model = load(written, trust_remote_code=trust_remote_code)
         found = answers(model, ids, economy.tokens)
-        loader = f"transformers {type(model).__name__}"
+        loader = loader_of(written, model)
     difference, at = 0.0, 0
     for part in found:
         differs = (part.float() - expected[at : at + len(part)]).abs().max()
@@ -294,4 +323,9 @@ def _notes(prepared: Prepared, plan: Plan) -> list[str]:
         )
     if plan.format != "layerwise" and any(p.density < 1 for p in plan.layers.values()):
         notes.append("pruned weights are stored as zeros; --format layerwise leaves them out")
+    if export.kind(plan.format).adapts and any(p.rank for p in plan.layers.values()):
+        notes.append(
+            f"low-rank corrections lie in {export.ADAPTER_CONFIG.partition('/')[0]}/ as an adapter "
+            "(vLLM: --enable-lora; peft: PeftModel.from_pretrained)"
+        )
     return notes

@@ -13,6 +13,7 @@ from layerwise import builtin, export
 from layerwise.core import catalogue, memory
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
@@ -20,7 +21,8 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
-from layerwise.flow.evaluating import need_packages
+from layerwise.export.servers import check_server
+from layerwise.flow.loading import need_packages
 
 Proving = Literal["auto", "logits", "none"]
 # Windows whose logits are compared after the files are loaded back.
@@ -37,6 +39,7 @@ class Texts:
         length: Tokens per window.
         heldout: Text that the result is compared on; None for one that calibration did not use.
         heldout_samples: Windows of it.
+        noise_floor: Whether the original in bfloat16 is compared with itself.
     """
 
     calibration: Text | None = None
@@ -44,6 +47,7 @@ class Texts:
     length: int = 256
     heldout: Text | None = None
     heldout_samples: int = 32
+    noise_floor: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Prepared:
     runner: Runner | None
     calibration: Windows | None
     heldout: Windows | None
+    noise_floor: bool = False
 
 
 def prepare(
@@ -63,12 +68,15 @@ def prepare(
     methods: Sequence[catalogue.Method],
     texts: Texts,
     *,
+    learning: Sequence[str] = (),
     format: Format | None = None,
     proof: Proving = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Read the texts that the methods and the proof need, and make what runs the model.
+
+    `learning` names what else reads the calibration text, if there is one.
 
     Raises:
         UserError: A text that a method needs is not there, the model cannot run, or what loads
@@ -86,11 +94,22 @@ def prepare(
             "Add --calibration TEXT (a text file, a JSON list of strings, a hub data set, or "
             "`builtin`); `layerwise methods --needs nothing` lists the methods that need none.",
         )
+    if text is not None:
+        needy += learning
     if isinstance(source, ModuleSource):
+        if format is not None and format.directory and proof != "none":
+            raise UserError(
+                f"{source.label} is in memory, and {' and '.join(format.packages)} load a model's "
+                "directory.",
+                "Save it (model.save_pretrained(DIR)) and give DIR, or write --format layerwise.",
+            )
         return _prepared_module(source, found, texts, bool(needy), proof, device)
     proving = _proving(source, proof)
     if proving and format is not None:
-        need_packages(format, "the proof (or give --proof none)")
+        purpose = "the proof (or give --proof none)"
+        need_packages(format, purpose)
+        if format.adapts and any(method.verb == "compensate" for method in methods):
+            need("peft", purpose)
     if not needy and not proving:
         return Prepared(source, found, None, None, None)
     runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
@@ -98,7 +117,8 @@ def prepare(
     if needy and text is not None:
         calibration = windows(source, text, samples=texts.samples, length=texts.length)
     heldout = _heldout(source, text, texts, calibration) if proving else None
-    return Prepared(source, found, runner, calibration, heldout)
+    floor = texts.noise_floor and heldout is not None and not runner.whole
+    return Prepared(source, found, runner, calibration, heldout, floor)
 
 
 def _device(name: str) -> str:
@@ -128,7 +148,9 @@ def _prepared_module(
     shown = None if proof == "none" else heldout or calibration
     runs = shown is not None or (needy and calibration is not None)
     runner = Runner(source, found, device=device) if runs else None
-    return Prepared(source, found, runner, calibration if needy else None, shown)
+    text = shown is not None and shown.ids.dim() == 2
+    floor = texts.noise_floor and text and runner is not None and not runner.whole
+    return Prepared(source, found, runner, calibration if needy else None, shown, floor)
 
 
 def _proving(source: Source, proof: Proving) -> bool:
@@ -168,16 +190,18 @@ def _heldout(
             f"the calibration text {more.label} has no window left to compare the result on.",
             "Give --text TEXT to compare on, fewer --samples, or --proof none.",
         )
-    return Windows(more.ids[used:], f"{more.label}, after the calibration windows")
+    label = f"{more.label}, after the calibration windows"
+    return Windows(more.ids[used:], label, more.special)
 
 
 def check(prepared: Prepared, plan: Plan) -> Arrangement:
     """Refuse a plan that would fail later, and lay its output out.
 
     Raises:
-        UserError: See `check_plan`, and the format's own `check`.
+        UserError: See `check_plan`, `check_server`, and the format's own `check`.
     """
     check_plan(plan, prepared.found)
+    check_server(plan, prepared.found)
     format = export.get(plan.format, prepared.source)
     format.check(plan, prepared.found)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
@@ -191,7 +215,7 @@ def check_disk(out: Path, size: int) -> None:
         UserError: There is less free than `size` bytes, what a stopped run holds counted as free.
     """
     place = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).glob("*"))
+    held = sum(file.stat().st_blocks * 512 for file in partial_folder(out).rglob("*"))
     free = shutil.disk_usage(place).free + held
     if free < size:
         raise UserError(
@@ -208,7 +232,7 @@ def _output_tensors(
     for info in source.tensors.values():
         layer = by_tensor.get(info.name)
         if layer is None or layer.expert is not None or not plan.layers[layer.name].steps:
-            made.append(format.rest(info))
+            made += [] if (stored := format.rest(info)) is None else [stored]
         else:
             made += format.tensors(layer, plan.layers[layer.name], info)
     return made

@@ -10,18 +10,26 @@ from layerwise.core.errors import UserError
 from layerwise.core.forecast import LOAD_BACK, Forecast, Foresight, Passes
 from layerwise.core.plan import Plan
 from layerwise.core.sample import sampled
-from layerwise.flow.evaluating import compare
+from layerwise.core.text import Windows
+from layerwise.evaluate.text import compare
 from layerwise.flow.preparing import PROOF_WINDOWS, Prepared
 
 # Beside the tensors that a forecast counts, libraries hold buffers and the allocator leaves gaps.
 _MARGIN = 1.05
 _TOKENS, _VOCABULARY = 64, 512  # of a comparison whose memory is looked at
-# Activations in the original and in the transformed model.
+# Activations in the original and in the transformed model, in float32.
 _STATES = 2
 
 
-def foresight(prepared: Prepared, plan: Plan, size: int) -> Foresight:
-    """Measure what carrying out a plan takes, if its output has this size in bytes."""
+def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> Foresight:
+    """Measure what carrying out a plan takes, if its output has this size in bytes.
+
+    Args:
+        prepared: The model.
+        plan: What will be done.
+        size: Bytes of the output's weight files.
+        apart: Windows with which each layer is looked at alone afterwards.
+    """
     calibration, heldout = prepared.calibration, prepared.heldout
     passes = None
     if prepared.runner is not None and (calibration or heldout):
@@ -31,7 +39,9 @@ def foresight(prepared: Prepared, plan: Plan, size: int) -> Foresight:
             heldout=heldout.ids if heldout else None,
             states=_STATES,
             proof=min(PROOF_WINDOWS, len(heldout.ids)) if heldout else 0,
-            comparing=_comparing() if heldout else 0.0,
+            comparing=_comparing(prepared.noise_floor) if heldout else 0.0,
+            floor=prepared.noise_floor,
+            apart=min(apart, len(heldout.ids)) if heldout else 0,
         )
     return Foresight(
         prepared.source,
@@ -44,13 +54,13 @@ def foresight(prepared: Prepared, plan: Plan, size: int) -> Foresight:
     )
 
 
-def _comparing() -> float:
+def _comparing(floor: bool) -> float:
     """Bytes that a comparison holds for each logit."""
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+    windows = Windows(torch.zeros(1, _TOKENS, dtype=torch.long), "")
 
     def work() -> None:
-        answers = ([torch.zeros(1, _TOKENS, _VOCABULARY)] for _ in range(2))
-        compare(ids, next(answers), next(answers), "")
+        answers = ([torch.zeros(1, _TOKENS, _VOCABULARY)] for _ in range(3))
+        compare(windows, [next(answers) for _ in range(1 + floor)], next(answers))
 
     return sampled(work).bytes / (_TOKENS * _VOCABULARY * torch.float32.itemsize)
 

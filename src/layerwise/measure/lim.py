@@ -13,7 +13,7 @@ _SOURCE = (
     "rightly"
 )
 # Two of the three blocks keep 4 bits: which two is the measure's to say.
-_OPTIONS = {"levels": (2, 4), "budget": "3.64bits"}
+_OPTIONS = {"allow": {"bits": (2, 4)}, "budget": "3.64bits"}
 
 
 @measure(

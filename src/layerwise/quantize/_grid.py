@@ -70,7 +70,7 @@ def span(
         high = torch.maximum(-low, high)
         low = -high
     # Divided before they are added, so that the widest float32 range does not overflow.
-    scale = _storable(high / top - low / top)
+    scale = storable(high / top - low / top)
     zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
     return scale, zero
 
@@ -152,8 +152,12 @@ def pack(
     )
 
 
-def _storable(scale: Float[Tensor, "*grids"]) -> Float[Tensor, "*grids"]:
-    """Round positive scales up to SCALE_DTYPE, which is the upper half of a float32."""
+def storable(scale: Float[Tensor, "*grids"]) -> Float[Tensor, "*grids"]:
+    """Round positive scales up to SCALE_DTYPE, which is the upper half of a float32.
+
+    Raises:
+        UserError: A scale is NaN or infinite, because a weight is.
+    """
     if not scale.isfinite().all():
         raise UserError(
             "the weight holds NaN or infinity.", "Repair the checkpoint or leave the layer out."

@@ -1,9 +1,11 @@
-"""What people read: tables for the terminal, pages for the docs."""
+"""What people read: tables for the terminal, pages for the docs, a report and its pictures."""
 
+from layerwise.report.figures import evaluation
+from layerwise.report.html import html
 from layerwise.report.pages import page
+from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
     claims_table,
-    comparison,
     forecast_line,
     layer_table,
     methods_table,
@@ -11,17 +13,21 @@ from layerwise.report.tables import (
     structure_json,
     structure_table,
     summary,
+    sweep_table,
 )
 
 __all__ = [
     "claims_table",
-    "comparison",
+    "evaluation",
     "forecast_line",
+    "html",
     "layer_table",
     "methods_table",
     "page",
+    "pareto_svg",
     "plan_table",
     "structure_json",
     "structure_table",
     "summary",
+    "sweep_table",
 ]

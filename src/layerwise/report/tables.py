@@ -11,9 +11,10 @@ from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
-from layerwise.core.outcome import Comparison, Report
+from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.structure import Structure
+from layerwise.report.figures import figure, share, windows_line
 
 if TYPE_CHECKING:
     from layerwise.testing.claims import Verdict
@@ -138,9 +139,22 @@ def summary(report: Report) -> Group:
     table.add_row("weight files, MB", _mb(report.bytes_before), _mb(report.bytes_after))
     table.add_row("bits per planned weight", _dtype_bits(report), f"{report.average_bits:.3f}")
     if seen := report.comparison:
-        table.add_row("perplexity", _number(seen.perplexity_before), _number(seen.perplexity))
-        table.add_row("KL to the original, nats", "", _number(seen.kl))
-        table.add_row("top-1 agreement", "", f"{seen.top1:.2%}" if seen.top1 is not None else "-")
+        table.add_row(
+            "perplexity",
+            figure(seen.perplexity_before, seen.perplexity_before_error),
+            figure(seen.perplexity, seen.perplexity_error),
+        )
+        table.add_row("KL to the original, nats", "", figure(seen.kl, seen.kl_error))
+        table.add_row("top-1 agreement", "", share(seen.top1, seen.top1_error))
+    if floor := report.noise_floor:
+        table.add_row("KL of the original in bfloat16", figure(floor.kl, floor.kl_error), "")
+    if told := report.prediction:
+        table.add_row("the plan foresaw", "", _number(told.predicted))
+        table.add_row(
+            f"rank correlation over {told.layers} layers ({told.sensitivity})",
+            "",
+            _number(told.rank_correlation),
+        )
     foreseen = report.forecast
     table.add_row(
         "seconds (forecast, measured)",
@@ -155,7 +169,7 @@ def summary(report: Report) -> Group:
     )
     lines = [Text(f"{report.model} -> {report.out} ({report.format})")]
     if seen := report.comparison:
-        lines.append(Text(f"compared on {seen.tokens:,} tokens of {seen.text}"))
+        lines.append(windows_line(seen))
     if proof := report.proof:
         lines.append(
             Text(
@@ -166,17 +180,36 @@ def summary(report: Report) -> Group:
     return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes))
 
 
-def comparison(seen: Comparison) -> Table:
-    """The outcome of `evaluate`."""
-    table = _table(("", "left"), ("value", "right"))
-    table.add_row("text", seen.text)
-    table.add_row("tokens", f"{seen.tokens:,}")
-    table.add_row("perplexity", _number(seen.perplexity))
-    if seen.perplexity_before is not None:
-        table.add_row("perplexity of the original", _number(seen.perplexity_before))
-        table.add_row("KL to the original, nats", _number(seen.kl))
-        table.add_row("top-1 agreement", f"{seen.top1:.2%}")
-    return table
+def sweep_table(sweep: Sweep) -> Group:
+    """One row per point, smallest first; those that no other beats are marked."""
+    table = _table(
+        ("", "left"),
+        ("method", "left"),
+        ("budget", "left"),
+        ("bits", "right"),
+        ("MB", "right"),
+        ("KL", "right"),
+        ("perplexity", "right"),
+        ("top-1", "right"),
+        ("seconds", "right"),
+    )
+    for point in sorted(sweep.points, key=lambda one: (one.bytes, one.kl or 0.0)):
+        table.add_row(
+            "*" if point.front else "",
+            point.method,
+            point.budget,
+            f"{point.bits:.3f}",
+            _mb(point.bytes),
+            _number(point.kl),
+            _number(point.perplexity),
+            "-" if point.top1 is None else f"{point.top1:.2%}",
+            f"{point.seconds:.1f}",
+        )
+    lines = [
+        f"{sweep.model}, compared on {sweep.text}; * is beaten by no other point",
+        *(f"note: {note}" for note in sweep.notes),
+    ]
+    return Group(table, *(Text(line) for line in lines))
 
 
 def methods_table(methods: Sequence[Method]) -> Table:

@@ -67,13 +67,18 @@ def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
     costs = _costs(_items(weight))
     least, most = (sum(int(levels[end]) for levels in costs) for end in (0, -1))
     ordinary = {
-        "bits": 4,
+        "bits": width(method, 4),
         "symmetric": False,
         "density": 0.5,
         "rank": min(4, *weight.shape),
         "budget": (least + most) // 2,
     }
     return method.accepts(ordinary)
+
+
+def width(method: Method, bits: int) -> int:
+    """A width of codes, or the narrowest the method has if it lacks that one."""
+    return bits if bits in method.widths else method.widths[0]
 
 
 def _inputs(width: int, noise: torch.Generator) -> Float[Tensor, "tokens width"]:

@@ -6,6 +6,7 @@ compressed model over the original on held-out text: lower is better, 0 is lossl
 """
 
 import functools
+import json
 import math
 import os
 import tempfile
@@ -139,7 +140,7 @@ def _verdict(method: Method, claim: Claim) -> Verdict:
     elif not _is_here(model):
         return Verdict(*found, None, None, NOT_HERE, claim.source)
     else:
-        frozen = tuple(sorted(claim.options.items()))
+        frozen = json.dumps(claim.options, sort_keys=True)
         loss = excess_loss(model, verb, method.name, frozen)
         baseline = excess_loss(model, verb, claim.beats, frozen)
     holds = loss <= (1 - claim.margin) * baseline
@@ -168,12 +169,12 @@ def _heldout(facts: _Model) -> str | list[str]:
 
 
 @functools.cache
-def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any], ...]) -> float:
-    """Excess cross-entropy of one method on one bench, in nats per token."""
+def excess_loss(model: str, verb: str, name: str, options: str) -> float:
+    """Excess cross-entropy of one method on one bench, in nats per token; `options` are JSON."""
     facts = _MODELS[model]
     argument, fixed = _BENCHES[verb]
     built_in = not facts.path
-    wish: dict[str, Any] = {**fixed, **dict(options), argument: name}
+    wish: dict[str, Any] = {**fixed, **json.loads(options), argument: name}
     source = "builtin:tiny" if built_in else str(_asset(facts.path))
     with tempfile.TemporaryDirectory() as folder:
         if facts.outliers != 1:
@@ -186,6 +187,9 @@ def excess_loss(model: str, verb: str, name: str, options: tuple[tuple[str, Any]
             samples=facts.windows,
             text_samples=facts.windows,
             length=facts.length,
+            noise_floor=False,
+            cache=False,
+            layer_windows=0,
             **wish,
         )
     seen = report.comparison

@@ -49,6 +49,16 @@ def full_rank_restores(method: Method) -> None:
         assert after <= 1e-3 * _loss(method, given, torch.zeros(weight.shape)), name
 
 
+def lower_ranks_are_parts_of_higher_ones(method: Method) -> None:
+    """What is declared nested is: the first columns and rows are the lower rank's correction."""
+    weight = cases.weights()["plain"]
+    highest = _compensate(method, weight, 16)
+    for rank in (1, 5, 16) if method.nested else ():
+        alone, part = _compensate(method, weight, rank), highest.truncated(rank)
+        difference = (alone.product() - part.product()).norm()
+        assert difference <= 1e-4 * alone.product().norm(), rank
+
+
 def nothing_to_repair_gives_nothing(method: Method) -> None:
     """A perfect approximation is left as it is."""
     for name, weight in cases.weights().items():

@@ -19,7 +19,7 @@ _SCALES = (torch.float16, torch.bfloat16)
 def codes_fit_their_width(method: Method) -> None:
     """No code and no zero point needs more than `bits` bits, and no shape changes."""
     for name, weight in cases.weights().items():
-        for bits in BITS:
+        for bits in _widths(method, *BITS):
             quantized = _quantize(method, weight, bits=bits)
             assert quantized.codes.shape == weight.shape, name
             for stored in (quantized.codes, quantized.zero):
@@ -31,7 +31,7 @@ def scales_are_storable(method: Method) -> None:
     """There is one positive, normal, 16-bit scale for every group, however short the last is."""
     for name, weight in cases.weights().items():
         for factor in (1e-6, 1.0, 1e5):
-            quantized = _quantize(method, factor * weight, bits=2, group=32)
+            quantized = _quantize(method, factor * weight, bits=cases.width(method, 2), group=32)
             assert quantized.scale.shape == (len(weight), math.ceil(weight.shape[1] / 32)), name
             assert quantized.zero.shape == quantized.scale.shape, name
             assert quantized.scale.dtype in _SCALES, name
@@ -42,11 +42,14 @@ def scales_are_storable(method: Method) -> None:
 def reports_what_was_asked(method: Method) -> None:
     """Bits, group and symmetry come back as given, and a symmetric grid needs no zero points."""
     weight = cases.weights()["plain"]
-    for bits, group, symmetric in ((4, 32, True), (3, 100, False), (8, 1000, True)):
+    for asked, group, symmetric in ((4, 32, True), (3, 100, False), (8, 1000, True)):
+        bits = cases.width(method, asked)
         quantized = _quantize(method, weight, bits=bits, group=group, symmetric=symmetric)
         assert (quantized.bits, quantized.group) == (bits, group)
         assert quantized.symmetric == symmetric
-        assert not symmetric or bool((quantized.zero == 2 ** (bits - 1)).all())
+        points = quantized.points
+        middle = 2 ** (bits - 1) if points is None else int(points.abs().argmin())
+        assert not symmetric or bool((quantized.zero == middle).all())
 
 
 def each_bit_quarters_the_loss(method: Method) -> None:
@@ -54,7 +57,8 @@ def each_bit_quarters_the_loss(method: Method) -> None:
     for name, weight in cases.weights().items():
         given = cases.evidence(method.evidence, weight)
         nothing = _loss(torch.zeros_like(weight, dtype=torch.float32), given)
-        for bits, symmetric in ((3, False), (4, True), (8, False), (8, True), (16, False)):
+        tried = ((3, False), (4, True), (8, False), (8, True), (16, False))
+        for bits, symmetric in [one for one in tried if one[0] in method.widths]:
             quantized = _quantize(method, weight, bits=bits, symmetric=symmetric)
             assert _loss(quantized.dequantize(), given) <= nothing * 32 / 4**bits, (name, bits)
 
@@ -66,7 +70,7 @@ def more_bits_never_hurt(method: Method) -> None:
     for symmetric in (False, True):
         losses = [
             _loss(_quantize(method, weight, bits=bits, symmetric=symmetric).dequantize(), given)
-            for bits in (2, 3, 4, 6, 8)
+            for bits in _widths(method, 2, 3, 4, 6, 8)
         ]
         assert losses == sorted(losses, reverse=True)
 
@@ -84,7 +88,7 @@ def smaller_groups_help(method: Method) -> None:
 def rows_of_zeros_stay_zero(method: Method) -> None:
     """An output that was pruned away is still exactly zero."""
     weight = cases.weights()["dead row and column"]
-    for bits in BITS:
+    for bits in _widths(method, *BITS):
         restored = _quantize(method, weight, bits=bits).dequantize()
         assert bool((restored[7] == 0).all())
 
@@ -94,7 +98,8 @@ def pruned_weights_stay_zero(method: Method) -> None:
     weight = cases.weights()["plain"]
     pruned = weight.where(weight.abs() > 0.5, 0.0)
     for symmetric in (False, True):
-        restored = _quantize(method, pruned, bits=3, symmetric=symmetric).dequantize()
+        bits = cases.width(method, 3)
+        restored = _quantize(method, pruned, bits=bits, symmetric=symmetric).dequantize()
         assert bool((restored[pruned == 0] == 0).all())
 
 
@@ -108,7 +113,8 @@ def powers_of_two_pass_through(method: Method) -> None:
 def refuses_nonsense(method: Method) -> None:
     """Impossible options and broken weights are the user's to put right, not a wrong result."""
     weight = cases.weights()["plain"]
-    for options in ({"bits": 0}, {"bits": 17}, {"group": 0}):
+    absent = [{"bits": bits} for bits in range(18) if bits not in method.widths]
+    for options in ({"group": 0}, *absent):
         assert _refuses(method, weight, **options), options
     for value in (math.nan, math.inf, -math.inf):
         spoilt = weight.clone()
@@ -119,7 +125,13 @@ def refuses_nonsense(method: Method) -> None:
 def _quantize(method: Method, weight: Tensor, **options: Any) -> Quantized:
     # Evidence that a wrong weight would spoil is made from a sound one.
     given = dict(cases.evidence(method.evidence, weight.nan_to_num(0, 0, 0)))
-    return method.run(**{**given, "weight": weight}, **{"bits": 4, **options})
+    ordinary = {"bits": cases.width(method, 4)}
+    return method.run(**{**given, "weight": weight}, **ordinary | options)
+
+
+def _widths(method: Method, *asked: int) -> list[int]:
+    """Those of some widths that the method has; its narrowest, if it has none of them."""
+    return [bits for bits in asked if bits in method.widths] or [method.widths[0]]
 
 
 def _loss(approximation: Tensor, given: Mapping[str, Any]) -> float:

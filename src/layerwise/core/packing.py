@@ -1,11 +1,11 @@
-"""Codes of any width in 32-bit words, densely: code i of a row lies at bit i times its width."""
+"""Codes of any width in 32-bit words, and masks in bytes: entry i lies at bit i times its width."""
 
 import torch
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 from torch import Tensor
 from torch.nn import functional
 
-WORD = 32  # bits
+WORD, BYTE = 32, 8  # bits
 
 
 def words(width: int, bits: int) -> int:
@@ -65,3 +65,22 @@ def unpack(
             code = code | blocks[..., word + 1] << (WORD - shift)
         lanes.append(code & (2**bits - 1))
     return torch.stack(lanes, dim=-1).reshape(rows, -1)[:, :width].int()
+
+
+def pack_bits(mask: Bool[Tensor, "rows width"]) -> Tensor:
+    """Eight entries to a byte, the first in its lowest bit; (rows, ceil(width / 8)), uint8."""
+    padded = functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % BYTE))
+    lanes = padded.reshape(len(mask), -1, BYTE)
+    weights = 2 ** torch.arange(BYTE, dtype=torch.uint8)
+    return (lanes * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, width: int) -> Bool[Tensor, "rows width"]:
+    """What `pack_bits` packed."""
+    bits = packed[..., None] >> torch.arange(BYTE, dtype=torch.uint8) & 1
+    return bits.reshape(len(packed), -1)[:, :width].bool()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's entries as they lie in memory."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,158 @@
+"""Models loaded as their users will load them, and what they answer."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from layerwise import export
+from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
+from layerwise.core.errors import UserError
+from layerwise.core.extras import need
+from layerwise.core.format import Format
+
+
+def load(
+    source: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Any:
+    """Load a model directory as its users will, with transformers and what its format needs.
+
+    An adapter that lies in the directory is loaded over the model, with peft.
+
+    Args:
+        source: The directory, opened.
+        dtype: What it is to compute in.
+        trust_remote_code: Let it bring its own Python.
+
+    Raises:
+        UserError: It is no such directory, lacks a weight, or a package it needs is missing.
+    """
+    transformers = need("transformers", "loading a model")
+    format = _format(source)
+    if format is not None:
+        need_packages(format, f"reading {source.label}")
+    transformers.utils.logging.disable_progress_bar()
+    architecture = (source.config.get("architectures") or [""])[0]
+    known = cast("Any", getattr(transformers, architecture, None))
+    with _without_bars():
+        loaded = None if format is None or known is None else format.load(dtype)
+    state = None if format is None or loaded else format.read()
+    if known is None and (state is not None or not trust_remote_code):
+        raise UserError(
+            f"{source.label} is a {architecture or 'model of unknown class'}, which transformers "
+            "does not have: its code is remote.",
+            "Read that code, then add --trust-remote-code (files in layerwise's own format need "
+            "a class of transformers).",
+        )
+    with _without_bars():
+        model, missing = loaded or _by_transformers(
+            source, known, state, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if missing:
+        raise UserError(
+            f"{source.label} lacks {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}, "
+            "which transformers would fill with random numbers.",
+            "Download it again: the checkpoint is not whole, or its config.json is another's.",
+        )
+    # Experts of a compressed checkpoint are joined in the dtype of their scales, whatever is asked.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if (folder := adapter_of(source)) is not None:
+        peft = need("peft", f"the adapter of {source.label}")
+        # Compressed layers have no weight, which peft looks for, before they have answered once.
+        for _ in answers(model, torch.zeros(1, 1, dtype=torch.long)):
+            pass
+        with _without_bars():
+            model = peft.PeftModel.from_pretrained(model, str(folder))
+    return model.eval()
+
+
+def _by_transformers(
+    source: Checkpoint,
+    known: Any,
+    state: Mapping[str, Tensor] | None,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[Any, Sequence[str]]:
+    """The model by `from_pretrained`, and the weights that were not in its files."""
+    transformers = need("transformers", "loading a model")
+    folder, architecture = str(source.folder), (source.config.get("architectures") or [""])[0]
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if known is None or (causal and state is None):
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    elif state is None:
+        model, told = known.from_pretrained(folder, **options)
+    else:
+        config = known.config_class.from_pretrained(folder)
+        del config.quantization_config
+        model, told = known.from_pretrained(None, config=config, state_dict=dict(state), **options)
+    return model, sorted(told["missing_keys"])
+
+
+def loader_of(source: Checkpoint, model: Any) -> str:
+    """What loaded a model from its files, and as what, in words."""
+    format = _format(source)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    loader = "transformers" if format is None else format.loader
+    return f"{loader} {type(base).__name__}" + " and peft" * (base is not model)
+
+
+def adapter_of(source: Checkpoint) -> Path | None:
+    """The folder of the adapter that corrects a model directory; None if it has none."""
+    config = source.folder / export.ADAPTER_CONFIG
+    return config.parent if config.exists() else None
+
+
+def _format(source: Checkpoint) -> Format | None:
+    """The format of ours that a model says it is stored in."""
+    name = (source.config.get("quantization_config") or {}).get("quant_method", "")
+    return export.get(name, source) if name in export.FORMATS else None
+
+
+def need_packages(format: Format, purpose: str) -> None:
+    """Import what transformers needs to load a format.
+
+    Raises:
+        UserError: Some of it is not installed.
+    """
+    with _without_bars():
+        for package in format.packages:
+            need(package, purpose)
+
+
+def answers(model: Any, ids: Tensor, tokens: int = MICRO_BATCH_TOKENS) -> Iterator[Tensor]:
+    """Logits of a loaded model, batch after batch of about so many tokens at most."""
+    vocabulary = int(getattr(model.config, "vocab_size", 0))
+    options = {"use_cache": False} if getattr(model, "can_generate", bool)() else {}
+    for part in ids.split(windows_at_once(ids.shape[1], vocabulary, tokens)):
+        # What some loaders compile for a few windows takes longer than all of them.
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), _without_bars(), eagerly:
+            found = model(part, **options).logits
+        # Yielded outside: a generator left half-way must not hold the caller's grad mode.
+        yield found
+
+
+def _without_bars() -> contextlib.AbstractContextManager[object]:
+    """What loads and unpacks compressed layers draws bars and banners, terminal or not.
+
+    It also warns of what its packages ask of each other.
+    """
+    quiet = contextlib.ExitStack()
+    quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    quiet.enter_context(warnings.catch_warnings(action="ignore"))
+    return quiet

@@ -1,0 +1,133 @@
+"""The KL of a model under a plan, found without writing it: from the candidates of its layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import export
+from layerwise.core import catalogue
+from layerwise.core.apply import transform
+from layerwise.core.candidates import Candidates, Options
+from layerwise.core.errors import UserError
+from layerwise.core.outcome import Comparison
+from layerwise.core.plan import LayerPlan
+from layerwise.core.progress import Progress
+from layerwise.core.text import Windows
+from layerwise.evaluate.text import compare
+from layerwise.flow.preparing import Prepared
+
+
+class Probe:
+    """The original's answers on some windows, and what plans make of them.
+
+    Args:
+        prepared: The model, with what runs it.
+        format: The format whose loss of precision plans are seen with.
+        options: Options of methods, by id.
+        candidates: Has every layer under every plan that is asked for.
+        ids: Token ids, (windows, length), or whatever the model takes a batch of.
+    """
+
+    def __init__(
+        self, prepared: Prepared, format: str, options: Options, candidates: Candidates, ids: Tensor
+    ) -> None:
+        assert prepared.runner is not None
+        self.runner = prepared.runner
+        self.found = prepared.found
+        self.source = prepared.source
+        self.format = export.get(format, prepared.source)
+        self.options = options
+        self.candidates = candidates
+        self.ids = ids
+
+    def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
+        """The model under a plan against the original; `windows` are those of `ids`."""
+        before, after = self._carried(plans)
+        answered, original = (self.runner.logits(one, self.ids, {}) for one in (after, before))
+        return compare(windows, [answered], original)[0]
+
+    def together(self, plans: Mapping[str, LayerPlan]) -> float:
+        """KL from the original's answers to those of the model under a plan, in nats per token."""
+        return self._divergence(*self._carried(plans))
+
+    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Tensor, Tensor]:
+        """The windows after the last block of the original, and of the model under a plan."""
+        before = after = self.runner.start(self.ids)
+        for block in self.runner.blocks:
+            changed: dict[str, Tensor] = {}
+            for name in self._inside(block):
+                if plans[name].steps:
+                    self._change(changed, name, plans[name])
+            before, after = (
+                self.runner.forward(block, before, {}),
+                self.runner.forward(block, after, changed),
+            )
+        return before, after
+
+    def apart(self, plans: Mapping[str, LayerPlan], progress: Progress) -> dict[str, float]:
+        """The same with one layer at a time under its plan, for every layer.
+
+        All are carried through the model together: each block is read once for those that were
+        changed before it, and once for each of its own layers.
+        """
+        progress.stage("probe", len(self.runner.blocks))
+        before = self.runner.start(self.ids)
+        carried: dict[str, Tensor] = {}
+        for block in self.runner.blocks:
+            fresh: dict[str, Tensor] = {}
+            for name in self._inside(block):
+                if plans[name].steps:
+                    changed: dict[str, Tensor] = {}
+                    self._change(changed, name, plans[name])
+                    fresh[name] = self.runner.forward(block, before, changed)
+            together = self.runner.forward(block, torch.cat([before, *carried.values()]), {})
+            before, *later = together.split(len(self.ids))
+            carried = dict(zip(carried, later, strict=True)) | fresh
+            progress.step(block)
+        measured = {name: self._divergence(before, after) for name, after in carried.items()}
+        return {name: measured.get(name, 0.0) for name in plans}
+
+    def _inside(self, block: str) -> list[str]:
+        whole = self.runner.whole
+        return [name for name, one in self.found.layers.items() if whole or one.block == block]
+
+    def _change(self, changed: dict[str, Tensor], name: str, plan: LayerPlan) -> None:
+        """Put a layer under a plan into the tensors that a block is to use."""
+        layer = self.found.layers[name]
+        done = self.candidates.find(layer, plan, self.options)
+        if done is None and all(catalogue.get(id).needs == "nothing" for id, _ in plan.steps):
+            weight = layer.matrix(self.source.read(layer.tensor)).float().contiguous()
+            done = transform([layer], [weight], {}, [plan], self.options)[0]
+        if done is None:
+            raise UserError(
+                f"{name} was made for this plan and is not in the cache any more: it holds "
+                f"{self.candidates.cache.limit / 1e9:.1f} GB at most.",
+                "Give it more room with --cache-size.",
+            )
+        info = self.source.tensors[layer.tensor]
+        # Scales that a feeder is to take do not change what a layer answers: none are moved here.
+        scaled = done.input_scale is not None
+        matrix = done.weight if scaled else self.format.restored(done, info.dtype)
+        if layer.expert is None:
+            changed[info.name] = layer.store(matrix, info.shape)
+        else:
+            whole = changed.setdefault(info.name, self.source.read(info.name).float())
+            whole[layer.expert] = matrix
+
+    def _divergence(self, before: Tensor, after: Tensor) -> float:
+        total, count = 0.0, 0
+        logits = [self.runner.logits(hidden, self.ids, {}) for hidden in (before, after)]
+        for original, changed in zip(*logits, strict=True):
+            p, q = (_scored(answer) for answer in (original, changed))
+            divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
+            total += float(divergence.sum(dtype=torch.float64))
+            count += p.numel() // p.shape[-1]
+        return max(0.0, total / count)
+
+
+def _scored(logits: Any) -> Tensor:
+    """Log-probabilities; the last position of a window predicts a token outside of it."""
+    kept: Tensor = logits[:, :-1] if logits.dim() > 2 else logits
+    return kept.float().log_softmax(dim=-1)

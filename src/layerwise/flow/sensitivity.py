@@ -1,0 +1,139 @@
+"""What each level of each layer costs the whole model: errors of layers, weighed.
+
+A layer's own error says nothing of how much the model's answer cares about it.  Four weights are
+to choose from, from cheap to dear:
+
+    error   the share of the layer's output energy that is lost: all layers alike
+    energy  the energy that is lost: layers with large outputs count more
+    fisher  1/2 sum_o f_o lost_o, with the Fisher information f of the layer's outputs: the KL of
+            the model's answer to second order, in nats per token, from one pass back through it
+    kl      the KL of the model's answer, measured with that layer alone at one level in the
+            middle of its own, and scaled to the others by their error
+
+`fisher` and `kl` predict the KL of the whole model by adding up over layers.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from layerwise.core.apply import lost_share
+from layerwise.core.candidates import Candidates
+from layerwise.core.errors import UserError
+from layerwise.core.fisher import output_fisher
+from layerwise.core.plan import LayerPlan
+from layerwise.core.progress import Progress
+from layerwise.flow.preparing import Prepared
+from layerwise.flow.probing import Probe
+from layerwise.flow.survey import Survey
+from layerwise.flow.wish import Sensitivity, Wish
+
+IN_NATS = ("fisher", "kl")
+# Windows of the calibration text: as many as keep the mean's error well below what tells layers
+# apart.
+_FISHER_WINDOWS, _PROBE_WINDOWS = 16, 8
+
+
+def chosen(wish: Wish, prepared: Prepared) -> Sensitivity:
+    """The weights a wish asks for, or the best that a model allows."""
+    if wish.sensitivity:
+        return wish.sensitivity
+    return "fisher" if prepared.runner and prepared.calibration else "error"
+
+
+def weighed(
+    name: Sensitivity,
+    prepared: Prepared,
+    wish: Wish,
+    looked: Survey,
+    candidates: Candidates,
+    progress: Progress,
+) -> dict[str, Float64[Tensor, " levels"]]:
+    """What each level of each layer costs the model.
+
+    Args:
+        name: How: see above.
+        prepared: The model.
+        wish: Says which format and options the levels are for.
+        looked: What the levels do to their layers.
+        candidates: Where results are kept.
+        progress: Is told of each block.
+
+    Raises:
+        UserError: The model cannot be run for it.
+    """
+    if name in IN_NATS and (prepared.runner is None or prepared.calibration is None):
+        raise UserError(
+            f"the sensitivity {name} is measured on a calibration text.",
+            "Add --calibration TEXT, or take --sensitivity error.",
+        )
+    if name == "fisher":
+        return _by_fisher(prepared, looked, candidates, progress)
+    if name == "kl":
+        return _by_kl(prepared, wish, looked, candidates, progress)
+    return {
+        layer: torch.tensor([_lost(looked, layer, level, name) for level in levels]).double()
+        for layer, levels in looked.levels.items()
+    }
+
+
+def _lost(looked: Survey, layer: str, level: LayerPlan, name: str) -> float:
+    losses = looked.losses[layer]
+    lost = float(losses.lost[level.work].sum())
+    return lost if name == "energy" else lost_share(lost, float(losses.energy.sum()))
+
+
+def _by_fisher(
+    prepared: Prepared, looked: Survey, candidates: Candidates, progress: Progress
+) -> dict[str, Tensor]:
+    key = candidates.key("fisher", _FISHER_WINDOWS)
+    entry = candidates.cache.get(key)
+    if entry is None:
+        assert prepared.runner is not None
+        assert prepared.calibration is not None
+        ids = prepared.calibration.ids[:_FISHER_WINDOWS]
+        layers = list(prepared.found.layers.values())
+        fisher: Mapping[str, Tensor] = output_fisher(prepared.runner, layers, ids, progress)
+        candidates.cache.put(key, fisher, {})
+    else:
+        fisher = entry.tensors
+    return {
+        layer: torch.stack(
+            [
+                fisher[layer].double().dot(looked.losses[layer].lost[level.work].double()) / 2
+                for level in levels
+            ]
+        )
+        for layer, levels in looked.levels.items()
+    }
+
+
+def _by_kl(
+    prepared: Prepared, wish: Wish, looked: Survey, candidates: Candidates, progress: Progress
+) -> dict[str, Tensor]:
+    middle = {layer: levels[len(levels) // 2] for layer, levels in looked.levels.items()}
+    key = candidates.key("kl", _PROBE_WINDOWS, {n: str(p.work) for n, p in middle.items()})
+    entry = candidates.cache.get(key)
+    if entry is None:
+        assert prepared.calibration is not None
+        ids = prepared.calibration.ids[:_PROBE_WINDOWS]
+        probe = Probe(prepared, wish.format, wish.options, candidates, ids)
+        measured: Mapping[str, float] = probe.apart(middle, progress)
+        candidates.cache.put(key, {}, {"kl": measured})
+    else:
+        measured = entry.facts["kl"]
+    return {
+        layer: measured[layer] * _ratios(looked, layer, levels, middle[layer])
+        for layer, levels in looked.levels.items()
+    }
+
+
+def _ratios(
+    looked: Survey, layer: str, levels: Sequence[LayerPlan], middle: LayerPlan
+) -> Float64[Tensor, " levels"]:
+    """Errors of levels as multiples of the middle one's; a layer that loses nothing there has 0."""
+    reference = _lost(looked, layer, middle, "error")
+    errors = [_lost(looked, layer, level, "error") for level in levels]
+    return torch.tensor([lost_share(error, reference) for error in errors]).double()

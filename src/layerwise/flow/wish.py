@@ -1,0 +1,261 @@
+"""What the user asks for; a plan comes of it."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_type_hints
+
+from layerwise import export
+from layerwise.core import catalogue
+from layerwise.core.errors import UserError
+from layerwise.core.plan import Inputs, LayerPlan
+from layerwise.core.structure import Structure
+from layerwise.core.written import UNITS, described, fits
+from layerwise.export import servers
+
+LEVELS = (2, 3, 4, 8)
+GROUPS = (128, 64, 32, 16)
+ALLOWED = ("bits", "density", "rank")
+
+# How the errors of layers are weighed against each other: see flow/sensitivity.py.
+Sensitivity = Literal["", "error", "energy", "fisher", "kl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asked for; a plan comes of it.
+
+    Attributes:
+        bits: Width of every layer; None when a budget decides, or nothing is quantized.
+        budget: "3.5bits" stored per weight, "40%" of the files, or "1.2GiB" of them.
+        max_kl: Instead of a budget: the smallest model whose KL to the original, in nats per
+            token on the text that it is compared on, is not above this.
+        allow: What a budget may choose among, by "bits", "density" and "rank": every combination
+            is a level.  Bits None is the layer's own dtype; bits that are not named are those
+            of `LEVELS` that the method has and the server loads.
+        group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
+            divides the width of every layer, or the row if none does, or what the format has.
+        symmetric: No zero points; None for what the format takes, with zero points if it may.
+        method: Quantizer.
+        density: Fraction of weights kept.
+        pruner: Pruner.
+        rank: Columns of a low-rank correction.
+        compensator: Compensator.
+        allocate: Allocator; "" is knapsack for a budget, and the same density everywhere.
+        measure: Measure that an allocator by scores goes by.
+        sensitivity: How an allocator by errors weighs one layer's against another's; "" is
+            fisher where the model runs on a calibration text, and error where it does not.
+        inputs: What calibration shows methods: what layers see after earlier ones were changed,
+            or in the original model, which lets results be kept for other budgets.  "" is the
+            original for a budget, and the changed for one level everywhere.
+        format: How the output is stored; "" is what the server loads best, or dense.
+        options: Options of methods, by id.
+        server: What is to load the output; "" for anything that loads the format.
+    """
+
+    bits: int | None = None
+    budget: str = ""
+    max_kl: float | None = None
+    allow: Mapping[str, Sequence[int | float | None]] = field(
+        default_factory=dict[str, Sequence[int | float | None]]
+    )
+    group: int | None = None
+    symmetric: bool | None = None
+    method: str = "rtn"
+    density: float = 1.0
+    pruner: str = "magnitude"
+    rank: int = 0
+    compensator: str = "svd"
+    allocate: str = ""
+    measure: str = "lim"
+    sensitivity: Sensitivity = ""
+    inputs: Inputs | Literal[""] = ""
+    format: str = ""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    server: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not written as it must be.
+
+        Raises:
+            UserError: It names the field.
+        """
+        for name, kind in get_type_hints(Wish).items():
+            if not fits(given := getattr(self, name), kind):
+                raise UserError(f"{name} is {given!r}.", f"Write {described(kind)}.")
+        default = servers.default_format(self.server) if self.server else "dense"
+        object.__setattr__(self, "format", self.format or default)
+        if self.budget:
+            budget_amount(self.budget)
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise UserError(
+                f"a KL of at most {self.max_kl} is asked for.", "Give more than 0, such as 0.02."
+            )
+        asked = {"bits": self.bits is not None, "budget": bool(self.budget)}
+        asked["max_kl"] = self.max_kl is not None
+        if sum(asked.values()) > 1:
+            both = " and ".join(name for name, is_asked in asked.items() if is_asked)
+            raise UserError(
+                f"{both} are asked for at once.",
+                "Leave one out: a budget chooses the bits of each layer.",
+            )
+        self._check_allowed()
+
+    def _check_allowed(self) -> None:
+        if self.allow and not self.shares_bytes:
+            raise UserError(
+                f"{', '.join(self.allow)} may be chosen among, and no budget says how.",
+                "Add --budget 3.5bits (or 40%, 1.2GiB) or --max-kl 0.02.",
+            )
+        for name, values in self.allow.items():
+            if name not in ALLOWED:
+                raise UserError(
+                    f"{name!r} cannot be allowed.", f"Allow {', '.join(ALLOWED)}: --allow bits=2,4."
+                )
+            whole = [v for v in values if v is None or float(v).is_integer()]
+            if not values or (name != "density" and len(whole) < len(values)):
+                raise UserError(
+                    f"{name} may be {list(values)}.",
+                    "Give whole numbers, at least one." if values else "Give at least one value.",
+                )
+            if name != "bits" and None in values:
+                raise UserError(f"{name} may be none.", "Give numbers; only bits can be none.")
+        fixed = {"density": self.density != 1, "rank": self.rank != 0}
+        if twice := [name for name, given in fixed.items() if given and name in self.allow]:
+            raise UserError(
+                f"{twice[0]} is {getattr(self, twice[0])}, and may be "
+                f"{list(self.allow[twice[0]])} as well.",
+                f"Leave one of --{twice[0]} and --allow {twice[0]}= out.",
+            )
+
+    @property
+    def shares_bytes(self) -> bool:
+        """Whether layers get different levels for a size or a quality of the whole."""
+        return bool(self.budget) or self.max_kl is not None
+
+    @property
+    def learning(self) -> list[str]:
+        """What reads a calibration text beside methods, if there is one."""
+        return ["the sensitivity of layers"] if self.shares_bytes else []
+
+    def level(self, bits: int | None) -> LayerPlan:
+        """The plan of a layer at a width, on the grid that its format has for it."""
+        group, symmetric = export.kind(self.format).grid(bits or 0)
+        # A float needs no zero point to lie on both sides of 0.0.
+        centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
+        return LayerPlan(
+            bits,
+            (group or 0) if self.group is None else self.group,
+            bool(symmetric or centred) if self.symmetric is None else self.symmetric,
+            self.method,
+            self.density,
+            self.pruner,
+            self.rank,
+            self.compensator,
+        )
+
+    def combinations(self) -> list[LayerPlan]:
+        """Every level that a budget may choose."""
+        named: dict[str, Sequence[int | float | None]] = {
+            "bits": self._usual_widths(),
+            "density": (self.density,),
+            "rank": (self.rank,),
+            **self.allow,
+        }
+        return [
+            replace(
+                self.level(None if bits is None else int(bits)),
+                density=float(density or 0),
+                rank=int(rank or 0),
+            )
+            for bits, density, rank in itertools.product(*(named[name] for name in ALLOWED))
+        ]
+
+    def fitted(self, found: Structure) -> "Wish":
+        """The same with a group that fits a model, if none was asked for."""
+        chosen_by_format, _ = export.kind(self.format).grid(LEVELS[0])
+        if self.group is not None or chosen_by_format is not None:
+            return self
+        widths = {layer.width for layer in found.layers.values()}
+        loaded = (self._rules.groups or {}).get(self._quantizer.codes, GROUPS)
+        fitting = (g for g in GROUPS if g in loaded and all(w % g == 0 for w in widths))
+        return replace(self, group=next(fitting, 0))
+
+    def methods(self) -> list[catalogue.Method]:
+        """Every method it names, so that a misspelt one is refused at once.
+
+        Raises:
+            UserError: There is no such method, or the server loads no layer that is so made.
+        """
+        levels = self.combinations() if self.shares_bytes else [self.level(self.bits)]
+        for level in levels:
+            self._check_server(level)
+        used = {id: catalogue.get(id) for level in levels for id, _ in level.steps}
+        if allocator := self.allocator():
+            used[allocator.id] = allocator
+            if "scores" in allocator.evidence:
+                used[f"measure/{self.measure}"] = catalogue.get(f"measure/{self.measure}")
+        return list(used.values())
+
+    @property
+    def _quantizer(self) -> catalogue.Method:
+        return catalogue.get(f"quantize/{self.method}")
+
+    @property
+    def _rules(self) -> servers.Rules:
+        return servers.allowed(self.server, self.format)
+
+    def _usual_widths(self) -> Sequence[int]:
+        method = self._quantizer
+        known = self._rules.widths
+        loaded = method.widths if known is None else known.get(method.codes, ())
+        return [bits for bits in LEVELS if bits in method.widths and bits in loaded] or LEVELS
+
+    def _check_server(self, level: LayerPlan) -> None:
+        """Refuse what the server loads of no model; the group waits for the widths of layers."""
+        if self.group is None and (groups := self._rules.groups) is not None:
+            level = replace(level, group=next(iter(groups.get(level.codes or "integer", (0,)))))
+        servers.check_level(self.server, self.format, level)
+
+    def allocator(self) -> catalogue.Method | None:
+        """What shares out the budget, or the density; None if every layer gets the same.
+
+        Raises:
+            UserError: It cannot share out what there is to share.
+        """
+        if not self.shares_bytes and not self.allocate:
+            return None
+        method = catalogue.get(f"allocate/{self.allocate or 'knapsack'}")
+        if not self.shares_bytes and self.density == 1:
+            raise UserError(
+                f"{method.id} has nothing to share out.",
+                "Give --budget 3.5bits for widths, or --density 0.5 for densities.",
+            )
+        if self.shares_bytes and "weights" in method.evidence:
+            raise UserError(
+                f"{method.id} shares out densities, and --budget asks for widths.",
+                "Give --density 0.5 without --budget, or another --allocate.",
+            )
+        several = [name for name, values in self.allow.items() if len(set(values)) > 1]
+        if set(several) - {"bits"} and "errors" not in method.evidence:
+            raise UserError(
+                f"{method.id} ranks layers for one thing, and {', '.join(several)} may be chosen.",
+                "Use --allocate knapsack, which weighs every combination.",
+            )
+        return method
+
+
+def budget_amount(budget: str) -> tuple[float, str]:
+    """A budget's number and its unit.
+
+    Raises:
+        UserError: It is not written as one.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bits?|%|[KMG]?i?B)\s*", budget)
+    unit = match[2] if match else ""
+    if not match or (unit not in UNITS and not unit.startswith(("bit", "%"))):
+        raise UserError(
+            f"{budget!r} is not a budget.", "Write it as 3.5bits, 40% or 1.2GiB (also MB, GB, MiB)."
+        )
+    return float(match[1]), unit
