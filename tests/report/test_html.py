@@ -108,6 +108,7 @@ def test_a_run_says_where_and_how_it_was_made(real, llama):
     assert asked == {
         **{"model": str(llama), "out": str(real), "budget": "4bits", "group": 16},
         **{"format": "layerwise", "samples": 4, "length": 32, "text_samples": 4},
+        "allow": {"bits": [2, 3, 4, 8]},
     }
     assert {row["role"] for row in told["layers"]} > {"gate", "up", "down"}
     assert {row["block"] for row in told["layers"]} == {"model.layers.0", "model.layers.1"}

@@ -21,10 +21,11 @@ from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.runner import Runner
 from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.stream import ROW_STEP, rows_at_once, threads
-from layerwise.core.structure import Layer, Structure, by_input
-from layerwise.core.walk import by_block, consumers_first
+from layerwise.core.structure import Layer, Structure
+from layerwise.core.walk import by_block, together
 
-_SIDE = 1024  # of the largest sample
+_ENTRIES = 1 << 20  # of the largest sample
+_SIDE = 1024  # of the product that is timed
 _FLOAT = 4  # bytes
 _LOADING, _ANSWERING = "loading the files back", "running what was loaded"
 LOAD_BACK = frozenset({_LOADING, _ANSWERING})
@@ -107,6 +108,10 @@ class _Group:
 
     layers: Sequence[Layer]
     work: Sample
+
+    @property
+    def reads(self) -> str:
+        return self.layers[0].reads
 
     @property
     def count(self) -> int:
@@ -230,9 +235,7 @@ class Foresight:
 
     def _groups(self, block: str) -> list[_Group]:
         layers = [layer for layer in self.found.layers.values() if layer.block == block]
-        names = {layer.name: layer for layer in layers}
-        groups = consumers_first(list(by_input(layers).values()), names)
-        return [_Group(group, self._work(group)) for group in groups]
+        return [_Group(group, self._work(group)) for group in together(layers, self.plan)]
 
     def _work(self, group: Sequence[Layer]) -> Sample:
         """What transforming layers that read one input takes; measured once for all alike."""
@@ -317,15 +320,17 @@ def _rows_together(format: Format, layer: Layer, plan: LayerPlan, dtype: torch.d
 
 def _sides(group: Sequence[Layer]) -> Sequence[float]:
     """How long the sides of samples are, a layer's own being 1."""
-    width = group[0].width
-    longest = max(width, *(layer.rows for layer in group))
-    if longest <= _SIDE:
+    width, rows = group[0].width, sum(layer.rows for layer in group)
+    most = math.sqrt(_ENTRIES / (rows * width))
+    if most >= 1:
         return (1.0,)
-    most = width * _SIDE / longest
-    # Widths keep what formats and methods ask of them, if there is room: whole groups of a row.
-    unit = next((u for u in (256, 32) if width % u == 0 and most >= 3 * u), 1)
-    widths = [max(1, round(most * share / unit)) * unit for share in (1, 2 / 3, 1 / 3)]
-    return [one / width for one in sorted(set(widths), reverse=True)]
+    # Widths keep what formats and methods ask of them: whole groups of a row, three of them even
+    # where that takes twice as many entries.
+    units = (u for u in (256, 128, 32) if width % u == 0 and most * width * math.sqrt(2) >= 3 * u)
+    unit = next(units, 1)
+    longest = max(3, int(most * width / unit))
+    widths = {round(longest * share) * unit for share in (1, 2 / 3, 1 / 3)}
+    return [one / width for one in sorted(widths, reverse=True)]
 
 
 class _Passing:
@@ -428,21 +433,24 @@ class _Walking:
         """The stages of one block."""
         block = self.runner.block_bytes("" if self.runner.whole else name)
         through = self.at_once * self.passing.through.bytes
-        grams = sum(group.gram for group in groups) if self.grams else 0
-        if self.economy.input_by_input and self.grams:
+        # One for each input, however many groups read it.
+        each = {group.reads: group.gram if self.grams else 0 for group in groups}
+        grams = sum(each.values())
+        if self.economy.input_by_input:
             counts = [_FLOAT * group.count for group in groups]
-            grams = max(sum(counts[:n]) + group.gram for n, group in enumerate(groups))
+            grams = max(sum(counts[:n]) + each[group.reads] for n, group in enumerate(groups))
         held = {
             "gathering evidence in a block": self.states + block + through + grams,
             "carrying activations through a block": self.states + block + through,
         }
         done = most = 0
-        left = grams
-        for group in groups:
-            waiting = (group.gram if self.economy.input_by_input else left) if self.grams else 0
-            most = max(most, done + waiting + group.work.bytes)
+        for number, group in enumerate(groups):
+            waiting = {other.reads for other in groups[number:]}
+            left = each[group.reads]
+            if not self.economy.input_by_input:
+                left = sum(each[reads] for reads in waiting)
+            most = max(most, done + left + group.work.bytes)
             done += _FLOAT * group.count
-            left -= group.gram
         held["transforming a block"] = self.states + most
         return held
 
@@ -522,7 +530,8 @@ class _Walking:
         seconds += alone * (through / 2 + 2 * self.passing.ending.seconds)
         seconds += sum(group.work.seconds for groups in self.blocks for group in groups)
         if self.grams and self.passes.calibration is not None:
-            products = sum(group.gram / _FLOAT for groups in self.blocks for group in groups)
+            inputs = {group.reads: group.gram for groups in self.blocks for group in groups}
+            products = sum(inputs.values()) / _FLOAT
             seconds += 2 * self.passes.calibration.numel() * products / self.passing.rate
         # Each block is read for every pass through it, and once to be transformed; activations
         # are written once for each block.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.core import memory
+from layerwise.core import catalogue, memory
 from layerwise.core.activations import Activations, Stored, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Losses
@@ -271,7 +271,7 @@ class _Block:
         rows: list[LayerRow] = []
         folded: dict[str, Tensor] = {}
         by_name = {layer.name: layer for layer in self.layers}
-        for group in consumers_first(list(by_input(self.layers).values()), by_name):
+        for group in together(self.layers, self.plan):
             done = _transform_group(source, self.plan, group, folded, seen, candidates)
             scale = done[0].input_scale
             while done:
@@ -388,15 +388,18 @@ class _Seen:
     hidden: Callable[[], Activations | None]
     input_by_input: bool
     all: dict[str, Mapping[str, object]] | None = None
+    last: str = ""
 
     def of(self, group: Sequence[Layer]) -> Mapping[str, object]:
-        """What they read, which is then dropped."""
+        """What these layers read; it is dropped when others are asked for."""
         reads = group[0].reads
-        if self.input_by_input:
-            return self._gather(group).get(reads, {})
-        if self.all is None:
-            self.all = dict(self._gather(self.layers))
-        return self.all.pop(reads, {})
+        if self.all is not None and reads != self.last:
+            self.all.pop(self.last, None)
+        if self.all is None or (self.input_by_input and reads != self.last):
+            self.all = None  # before more is gathered
+            self.all = dict(self._gather(group if self.input_by_input else self.layers))
+        self.last = reads
+        return self.all.get(reads, {})
 
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
         return gather(self.runner, self.block, layers, self.words, self.hidden())
@@ -422,8 +425,8 @@ def _transform_group(
         known = [one for one in found if one is not None]
         if len(known) == len(group):
             return known
-    weights = [_weight(source, layer, folded) for layer in group]
     evidence = seen.of(group) if any(one.steps for one in plans) else {}
+    weights = [_weight(source, layer, folded) for layer in group]
     made = transform(group, weights, evidence, plans, plan.options)
     for result in made:
         if kept is not None and result.plan.steps:
@@ -437,7 +440,23 @@ def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
     return transform([layer], [_weight(source, layer, {})], {}, [plan], {})[0]
 
 
-def consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
+def together(layers: Sequence[Layer], plan: Plan) -> list[list[Layer]]:
+    """Layers of a block that are transformed together, in an order that lets scales be folded.
+
+    Those that read one input are: what their methods make of it is made once.  Methods that read
+    nothing but weights share nothing.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    made: list[list[Layer]] = []
+    for group in _consumers_first(list(by_input(layers).values()), by_name):
+        steps = (id for layer in group for id, _ in plan.layers[layer.name].steps)
+        methods = [catalogue.get(id) for id in steps]
+        shared = calibrated_words(methods) or any(method.rows == "input" for method in methods)
+        made += [group] if shared else [[layer] for layer in group]
+    return made
+
+
+def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:
     """Groups in an order in which no layer is transformed before scales are folded into it."""
     feeds = {group[0].feeder for group in groups if group[0].feeder in by_name}
     return sorted(groups, key=lambda group: any(layer.name in feeds for layer in group))
