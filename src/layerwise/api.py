@@ -154,6 +154,7 @@ def plan(
         opened.structure,
         wanted.methods(),
         Texts(calibration, samples, length, text, text_samples),
+        needing=wanted.needing,
         learning=wanted.learning,
         proof="none" if wanted.max_kl is None else "auto",
         device=device,
@@ -206,6 +207,7 @@ def forecast(
         opened.structure,
         plan.methods(),
         Texts(calibration, samples, length, text, text_samples, noise_floor),
+        needing=plan.needing,
         proof=proof,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -352,6 +354,7 @@ def sweep(
             str(kept.folder),
             cache_bytes,
             sorted(used),
+            [name for point in points for name in point.wish.needing],
             [name for point in points for name in point.wish.learning],
         )
         target = Path(os.path.abspath(Path(out).expanduser()))

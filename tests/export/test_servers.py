@@ -23,7 +23,6 @@ from layerwise.flow.wish import Wish
         ({"budget": "9bits", "allow": {"rank": [0.0, 600.0]}}, "rank 600"),
         ({"bits": 4, "format": "gptq", "method": "fp8"}, "float8|8 bits only"),
         ({"bits": 8, "method": "fp8", "server": "llama.cpp"}, "float8 codes"),
-        ({"bits": 8, "method": "fp8", "server": "", "format": "gguf", "group": 32}, "floats"),
         ({"bits": 4, "server": "triton"}, "unknown server"),
         ({"bits": 4, "server": "transformers", "format": "gptq", "group": 16}, "groups of 16"),
     ],

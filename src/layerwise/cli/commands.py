@@ -337,6 +337,7 @@ def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
         "pruner": chosen.pruner,
         "rank": chosen.rank,
         "compensator": chosen.compensator,
+        "activation": chosen.activation,
         "allocate": chosen.allocate,
         "measure": chosen.by,
         "sensitivity": chosen.sensitivity,

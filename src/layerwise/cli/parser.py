@@ -343,6 +343,13 @@ def _levels(how: Any) -> None:
     )
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+    how.add_argument(
+        "--activation",
+        default="",
+        metavar="SCHEME",
+        help="round the inputs of layers when the model runs: int8, int4 or fp8, with a scale for "
+        "each token, or int8-static, int4-static, fp8-static with one for all",
+    )
     how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
     how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
     how.add_argument(
@@ -421,7 +428,7 @@ _NAMING = {
 WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
-    "--compensator", "--allocate", "--by", "--format", "--server",
+    "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
 )  # fmt: skip
 
 

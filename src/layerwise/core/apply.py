@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerwise.core import catalogue
+from layerwise.core.activation import Activation, static
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan
-from layerwise.core.results import LowRank, Pruned, Quantized
+from layerwise.core.results import Coded, LowRank, Pruned, Quantized
 from layerwise.core.structure import Layer
 
 # What methods returned for some layers, by the layers' names followed by the steps so far.
@@ -28,6 +29,7 @@ class Transformed:
         weight: What now multiplies the layer's input, before any fold; float32.
         base: The same without the correction.
         quantized: Its codes, if it was quantized; pruned entries stand for 0.0.
+        activation: How its input is rounded when the model runs; None leaves it.
         kept: Its mask, if it was pruned.
         low_rank: Its correction, included in `weight`.
         lost: Energy of each output that is lost; of its weights, where no input was seen.
@@ -39,7 +41,8 @@ class Transformed:
     plan: LayerPlan
     weight: Float[Tensor, "out in"]
     base: Float[Tensor, "out in"]
-    quantized: Quantized | None
+    quantized: Coded | None
+    activation: Activation | None
     kept: Bool[Tensor, "out in"] | None
     low_rank: LowRank | None
     lost: Float[Tensor, " out"]
@@ -55,6 +58,17 @@ class Transformed:
     def input_scale(self) -> Float[Tensor, " in"] | None:
         """What the layer's feeder must be divided by."""
         return None if self.quantized is None else self.quantized.input_scale
+
+    @property
+    def grid(self) -> Quantized | None:
+        """Its codes as a format stores them that knows no others; None if it stores none."""
+        made = self.quantized
+        return made if self.plan.coded and isinstance(made, Quantized) else None
+
+    @property
+    def stored(self) -> Float[Tensor, "out in"]:
+        """`base` as it multiplies an input whose scales went into the feeder."""
+        return self.base if self.input_scale is None else self.base * self.input_scale
 
 
 def lost_share(lost: float, energy: float) -> float:
@@ -122,7 +136,7 @@ class _Part:
     weight: Tensor
     base: Tensor | None = None
     kept: Tensor | None = None
-    quantized: Quantized | None = None
+    quantized: Coded | None = None
     low_rank: LowRank | None = None
     notes: tuple[str, ...] = ()
 
@@ -152,9 +166,10 @@ def _run_steps(
             part.notes += result.notes
             if isinstance(result, Pruned):
                 part.kept, part.weight = result.kept, result.weight
-            elif isinstance(result, Quantized):
-                kept = part.kept
-                part.quantized = result if kept is None else result.masked(kept)
+            elif isinstance(result, Coded):
+                if part.kept is not None and isinstance(result, Quantized):
+                    result = result.masked(part.kept)  # noqa: PLW2901
+                part.quantized = result
                 part.weight = part.quantized.dequantize()
             else:
                 part.low_rank, part.base = result, part.weight
@@ -211,12 +226,31 @@ def _finished(
         weight=part.weight,
         base=part.weight if part.base is None else part.base,
         quantized=part.quantized,
+        activation=_activation(plan, part.quantized, evidence),
         kept=part.kept,
         low_rank=part.low_rank,
         lost=lost,
         energy=energy,
         notes=part.notes,
     )
+
+
+def _activation(
+    plan: LayerPlan, quantized: Coded | None, evidence: Mapping[str, Any]
+) -> Activation | None:
+    """How the layer's input is rounded: the quantizer's way, if it has one, or the plan's."""
+    if quantized is None or quantized.activation is not None or not plan.activation:
+        return None if quantized is None else quantized.activation
+    peak = evidence.get("peak")
+    if static(plan.activation) and peak is None:
+        raise UserError(
+            f"activation {plan.activation} has one scale for all tokens, which only a calibration "
+            "text can show.",
+            "Add --calibration TEXT, or take " + plan.activation.removesuffix("-static") + ".",
+        )
+    if peak is not None and quantized.input_scale is not None:
+        peak = peak / quantized.input_scale
+    return Activation.of(plan.activation, peak)
 
 
 def _energy(

@@ -10,23 +10,24 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core import catalogue
+from layerwise.core.activation import Activation
 from layerwise.core.apply import Transformed, lost_share
 from layerwise.core.cache import Cache, Entry
-from layerwise.core.packing import pack, pack_bits, unpack, unpack_bits
+from layerwise.core.packing import pack_bits, unpack_bits
 from layerwise.core.plan import LayerPlan
-from layerwise.core.results import LowRank, Quantized
+from layerwise.core.results import Coded, LowRank
 from layerwise.core.structure import Layer
 
 Options = Mapping[str, Mapping[str, Any]]
 
 _ENERGY = "energy"
+_CODED = "coded."  # what the names of codes' own tensors begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Candidates:
         kept = None
         if "kept" in base.tensors:
             kept = unpack_bits(base.tensors["kept"], layer.width)
-        quantized = _unpacked(base.tensors, base.facts["quantized"], layer)
+        quantized = _unpacked(base.tensors, base.facts["quantized"], layer, plan)
         weight = base.tensors["weight"] if quantized is None else quantized.dequantize()
         return Transformed(
             layer=layer,
@@ -101,6 +102,7 @@ class Candidates:
             weight=weight if low_rank is None else weight + low_rank.product(),
             base=weight,
             quantized=quantized,
+            activation=None if quantized is None else quantized.activation,
             kept=kept,
             low_rank=low_rank,
             lost=losses.lost[plan.work],
@@ -113,7 +115,7 @@ class Candidates:
         layer, plan = done.layer, done.plan
         key = self._base_key(layer, plan, options)
         if not self.cache.has(key):
-            tensors, facts = _packed(done)
+            tensors, facts = _packed(done, options)
             if done.kept is not None:
                 tensors["kept"] = pack_bits(done.kept)
             if done.quantized is None:
@@ -166,35 +168,36 @@ class Candidates:
     def _plan_key(self, plan: LayerPlan, options: Options) -> str:
         """A digest of a plan's steps, with the options of their methods."""
         steps = [(id, dict(options.get(id, {})) | given) for id, given in plan.steps]
-        return hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest()[:24]
+        said = [steps, plan.rounding]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _packed(done: Transformed) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _packed(done: Transformed, options: Options) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     quantized = done.quantized
     if quantized is None:
         return {}, None
-    tensors = {
-        "codes": pack(quantized.codes, quantized.bits),
-        "scale": quantized.scale,
-        "zero": quantized.zero,
-    }
-    optional = {"points": quantized.points, "input_scale": quantized.input_scale}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    facts = {"bits": quantized.bits, "group": quantized.group, "symmetric": quantized.symmetric}
+    facts: dict[str, Any] = {"told": done.plan.told(options)}
+    tensors = {f"{_CODED}{name}": part for name, part in quantized.parts(facts["told"]).items()}
+    if quantized.input_scale is not None:
+        tensors["input_scale"] = quantized.input_scale
+    if done.activation is not None:
+        facts["activation"] = done.activation.scheme
+        if done.activation.scale is not None:
+            tensors["input_step"] = done.activation.scale
     return tensors, facts
 
 
 def _unpacked(
-    tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None, layer: Layer
-) -> Quantized | None:
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None, layer: Layer, plan: LayerPlan
+) -> Coded | None:
     if facts is None:
         return None
-    codes = unpack(tensors["codes"], facts["bits"], layer.width)
-    return Quantized(
-        codes if facts["bits"] > 8 else codes.to(torch.uint8),
-        tensors["scale"],
-        tensors["zero"],
-        **facts,
-        points=tensors.get("points"),
-        input_scale=tensors.get("input_scale"),
-    )
+    parts = {
+        name.removeprefix(_CODED): part for name, part in tensors.items() if name.startswith(_CODED)
+    }
+    coded = plan.quantizer.stores.read(parts, layer.rows, layer.width, facts["told"])
+    if "input_scale" in tensors:
+        coded = replace(cast("Any", coded), input_scale=tensors["input_scale"])
+    if "activation" in facts:
+        coded = coded.with_activation(Activation(facts["activation"], tensors.get("input_step")))
+    return coded

@@ -14,9 +14,11 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
+from layerwise.core.activation import Scheme
 from layerwise.core.errors import UserError
+from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "calibration", "gradients", "models"]
 
@@ -35,6 +37,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "outputs": "calibration",  # (tokens, out), what the layer or block answered
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
+        "peak": "calibration",  # (in,), max of |x| over tokens
+        "attention": "calibration",  # (tokens,), what each token received in its block's heads
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
@@ -53,9 +57,17 @@ _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget"}
 Rows = Literal["independent", "layer", "input"]
 
 # What the codes of a quantizer stand for, which tells a format whether it has a place for them:
-#   integer  evenly spaced points, code - zero
-#   float8   the values of an 8-bit float (E4M3, finite only); the codes are its bit patterns
-Codes = Literal["integer", "float8"]
+#   integer   evenly spaced points, code - zero
+#   float8    the values of an 8-bit float (E4M3, finite only); the codes are its bit patterns
+#   points    points that lie anyhow, the same for a whole layer
+#   books     points that lie anyhow, one row of several for each output
+#   outliers  evenly spaced points, and entries that are kept beside them: the fraction that there
+#             is room for is the method's option `outliers`
+#   own       what the method's own class says
+Codes = Literal["integer", "float8", "points", "books", "outliers", "own"]
+ALL_CODES: frozenset[Codes] = frozenset(get_args(Codes))
+# Those that a mask can be laid over: a pruned weight has the code of 0.0.
+MASKABLE = frozenset[Codes]({"integer", "float8", "points", "books"})
 
 # Widths of a code that a quantizer has unless it says otherwise.
 WIDTHS: Sequence[int] = range(1, 17)
@@ -109,6 +121,8 @@ class Method:
     codes: Codes = "integer"
     widths: Sequence[int] = WIDTHS
     nested: bool = False
+    stores: type[Coded] = Quantized
+    activates: Scheme | Literal[""] = ""
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -167,6 +181,8 @@ class Verb(Generic[R]):
         codes: Codes = "integer",
         widths: Sequence[int] = WIDTHS,
         nested: bool = False,
+        stores: type[Coded] = Quantized,
+        activates: Scheme | Literal[""] = "",
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -179,6 +195,9 @@ class Verb(Generic[R]):
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
             nested: The correction of a lower rank is the first part of one of a higher rank.
+            stores: What a quantizer returns, which says how its codes are stored.
+            activates: How a quantizer rounds the inputs of its layers where the plan does not
+                say; some of them may have a scale for each token where others have one for all.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -187,7 +206,19 @@ class Verb(Generic[R]):
         def register(run: Callable[P, R]) -> Callable[P, R]:
             name = getattr(run, "__name__", "")
             method = Method(
-                self.name, name, run, paper, claims, exempt, rows, unit, codes, widths, nested
+                self.name,
+                name,
+                run,
+                paper,
+                claims,
+                exempt,
+                rows,
+                unit,
+                codes,
+                widths,
+                nested,
+                stores,
+                activates,
             )
             self._check(method)
             _methods[method.id] = method

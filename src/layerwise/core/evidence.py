@@ -16,7 +16,7 @@ class Collector:
 
     Args:
         layer: A layer that reads the input.
-        words: Evidence wanted: any of "gram", "magnitude", "inputs".
+        words: Evidence wanted: any of "gram", "magnitude", "peak", "inputs".
     """
 
     def __init__(self, layer: Layer, words: frozenset[str]) -> None:
@@ -25,6 +25,7 @@ class Collector:
         self.tokens = 0
         self._gram = torch.zeros(layer.width, layer.width) if "gram" in words else None
         self._magnitude = torch.zeros(layer.width, dtype=torch.float64)
+        self._peak = torch.zeros(layer.width)
         self._inputs: list[Tensor] = []
 
     def see(self, inputs: Tensor) -> None:
@@ -41,6 +42,8 @@ class Collector:
             self._gram = self._gram.to(inputs.device).addmm_(inputs.T, inputs)
         if "magnitude" in self.words:
             self._magnitude += inputs.abs().sum(dim=0, dtype=torch.float64).cpu()
+        if "peak" in self.words and len(inputs):
+            self._peak = self._peak.maximum(inputs.abs().amax(dim=0).cpu())
         if "inputs" in self.words:
             self._inputs.append(inputs.cpu())
 
@@ -63,9 +66,35 @@ class Collector:
             made["gram"] = self._gram.cpu().div_(count)
         if "magnitude" in self.words:
             made["magnitude"] = (self._magnitude / count).float()
+        if "peak" in self.words:
+            made["peak"] = self._peak
         if "inputs" in self.words:
             made["inputs"] = torch.cat(self._inputs or [torch.zeros(0, self.layer.width)])
         return made
+
+
+class AttentionCollector:
+    """Keeps the attention that each token received, over all heads and queries of a block."""
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+
+    def see(self, received: Tensor) -> None:
+        """Take in a batch of windows, (batch, length)."""
+        self._seen.append(received.float().cpu().flatten())
+
+    def evidence(self) -> Mapping[str, Any]:
+        """The evidence, (tokens,), window after window.
+
+        Raises:
+            UserError: No attention was seen: the block has none, or computes it in its own way.
+        """
+        if not self._seen:
+            raise UserError(
+                "no attention was seen in a block, which a method weighs tokens by.",
+                "Use a method that does not, such as gptq.",
+            )
+        return {"attention": torch.cat(self._seen)}
 
 
 class GradientCollector:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from layerwise.core import catalogue, memory
+from layerwise.core import memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
-from layerwise.core.evidence import calibrated_words
 from layerwise.core.format import Format
-from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.plan import LayerPlan, Plan, words_of
 from layerwise.core.runner import Runner
 from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.stream import ROW_STEP, rows_at_once, threads
@@ -279,10 +278,12 @@ class _Work:
             replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
         ]
         width = self.layers[0].width
-        words = calibrated_words(catalogue.get(id) for one in plans for id, _ in one.steps)
+        words = words_of(plans)
         evidence = {
             "gram": lambda: torch.eye(width),
             "magnitude": lambda: torch.ones(width),
+            "peak": lambda: torch.ones(width),
+            "attention": lambda: torch.ones(1),
             "inputs": lambda: torch.ones(1, width),
         }
         self.evidence = {word: made() for word, made in evidence.items() if word in words}
@@ -409,7 +410,7 @@ class _Walking:
 
     @property
     def grams(self) -> bool:
-        return "gram" in calibrated_words(self.seen.plan.methods())
+        return "gram" in self.seen.plan.words()
 
     def stages(self) -> dict[str, int]:
         """Bytes that each stage holds beside what the process held before."""

@@ -2,16 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core.activation import Scheme
 from layerwise.core.apply import Transformed
+from layerwise.core.catalogue import Codes
 from layerwise.core.checkpoint import STEM, Source, TensorInfo
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.products import Answer
 from layerwise.core.staging import Arrangement, arrange
 from layerwise.core.structure import Layer, Structure
 
@@ -22,6 +25,9 @@ class Format(ABC):
 
     Attributes:
         source: The model: the original when files are written, those files when they are read.
+        options: Options of methods, by id, which say how large some codes are.
+        codes: What codes may stand for; others are stored in full.
+        activations: How inputs may be rounded when the model runs.
         packages: What transformers needs to load it back, by import name.
         stem: How the names of its weight files begin.
         directory: Nothing reads it but what loads a model's whole directory.
@@ -32,6 +38,9 @@ class Format(ABC):
     """
 
     source: Source
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    codes: ClassVar[frozenset[Codes]] = frozenset({"integer"})
+    activations: ClassVar[frozenset[Scheme]] = frozenset()
     packages: ClassVar[Sequence[str]] = ()
     stem: ClassVar[str] = STEM
     directory: ClassVar[bool] = False
@@ -63,6 +72,14 @@ class Format(ABC):
     def grid(cls, bits: int) -> tuple[int | None, bool | None]:
         """Group and symmetry that a width must have here; None where the user may choose."""
         return None, None
+
+    def answer(self, done: Transformed, dtype: torch.dtype) -> Answer | None:
+        """What a loader's layer answers where that is no product with `restored`."""
+        return None
+
+    def answers(self) -> Mapping[str, Answer]:
+        """What layers of files of this format answer where `read` is not enough, by name."""
+        return {}
 
     def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
         """Bytes that a layer takes; in a format that packs nothing, what its codes would take."""

@@ -1,7 +1,7 @@
 """The plan: what happens to every layer, and why.  A YAML file a person can read and edit."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 import yaml
 
 from layerwise.core import catalogue
+from layerwise.core.activation import Scheme, static
 from layerwise.core.errors import UserError
-from layerwise.core.results import SCALE_BITS
+from layerwise.core.evidence import calibrated_words
+from layerwise.core.results import Layout
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
 
@@ -31,6 +33,9 @@ class LayerPlan:
         pruner: Pruner, used when the density is below 1.
         rank: Columns of the low-rank correction; 0 is none.
         compensator: Compensator, used when the rank is above 0.
+        activation: How the layer's input is rounded when the model runs; "" leaves it to the
+            quantizer, of which most leave it as it is.
+        dense: The quantized weights are stored in full: the format has no place for their codes.
         score: How sensitive the layer is, as the plan's maker saw it; None if it did not look.
         why: Why the layer got this, in words.
     """
@@ -43,6 +48,8 @@ class LayerPlan:
     pruner: str = "magnitude"
     rank: int = 0
     compensator: str = "svd"
+    activation: Scheme | Literal[""] = ""
+    dense: bool = False
     score: float | None = None
     why: str = ""
 
@@ -62,6 +69,23 @@ class LayerPlan:
         return None if self.bits is None else self.quantizer.codes
 
     @property
+    def coded(self) -> bool:
+        """Whether codes are what is stored."""
+        return self.bits is not None and not self.dense
+
+    @property
+    def rounding(self) -> Scheme | Literal[""]:
+        """How the layer's input is rounded: as the plan says, or as its quantizer does."""
+        return "" if self.bits is None else self.activation or self.quantizer.activates
+
+    def told(self, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """All that the layout of the codes depends on: see `Coded.layout`."""
+        method = self.quantizer
+        usual = {name: option.default for name, option in method.own_options.items()}
+        grid = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+        return usual | dict(options.get(method.id, {})) | grid | {"codes": method.codes}
+
+    @property
     def steps(self) -> list[tuple[str, dict[str, Any]]]:
         """The methods to run, in order, each with the options this plan sets."""
         made: list[tuple[str, dict[str, Any]]] = []
@@ -74,16 +98,9 @@ class LayerPlan:
             made.append((f"compensate/{self.compensator}", {"rank": self.rank}))
         return made
 
-    def stored_bits(self, layer: Layer, dtype_bits: int) -> float:
-        """Bits per weight of codes, grids and correction; a pruned weight counts like another."""
-        group = self.group or layer.width
-        groups = -(-layer.width // group)
-        if self.bits is None:
-            stored = float(dtype_bits)
-        else:
-            grid = SCALE_BITS + (0 if self.symmetric else self.bits)
-            stored = self.bits + groups * grid / layer.width
-        return stored + self.rank * (layer.rows + layer.width) * dtype_bits / layer.count
+    def layout(self, layer: Layer, options: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """The tensors that a layer's codes are stored as."""
+        return self.quantizer.stores.layout(layer.rows, layer.width, self.told(options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +124,28 @@ class Plan:
     inputs: Inputs = "transformed"
     server: str = ""
 
+    @property
+    def needing(self) -> list[str]:
+        """What cannot do without a calibration text, beside methods."""
+        statics = any(static(layer.activation) for layer in self.layers.values())
+        return ["one scale for the inputs of all tokens"] if statics else []
+
+    def words(self) -> frozenset[str]:
+        """The evidence that calibration must gather for it."""
+        return words_of(self.layers.values())
+
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
         return [catalogue.get(id) for id in sorted(ids)]
+
+
+def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
+    """The evidence that calibration must gather for some layers."""
+    layers = set(plans)
+    rounding = {"peak"} if any(static(layer.rounding) for layer in layers) else set[str]()
+    methods = {id for layer in layers for id, _ in layer.steps}
+    return calibrated_words(map(catalogue.get, methods)) | rounding
 
 
 _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
@@ -282,6 +317,17 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
             f"Rank goes from 0 to {min(layer.rows, layer.width)} for a layer of "
             f"{layer.rows} x {layer.width}.",
         ),
+        (
+            plan.bits is None or plan.density == 1 or plan.codes in catalogue.MASKABLE,
+            f"density {plan.density} with quantize/{plan.method}, whose codes have no zeros to "
+            "leave out",
+            "Use another quantizer, such as gptq, or leave the density at 1.",
+        ),
+        (
+            not plan.activation or plan.bits is not None,
+            f"activation {plan.activation} of weights that are not quantized",
+            "Give bits, too.",
+        ),
         (plan.group >= 0, f"group {plan.group}", "A group is a number of inputs; 0 is the row."),
     )
     for fine, given, remedy in allowed:
@@ -336,6 +382,9 @@ def _set_fields(layer: LayerPlan) -> dict[str, Any]:
     shown = asdict(layer)
     if layer.bits is None:
         for name in ("bits", "group", "symmetric", "method"):
+            shown.pop(name)
+    for name in ("activation", "dense"):
+        if not shown[name]:
             shown.pop(name)
     if layer.density == 1:
         shown.pop("density")

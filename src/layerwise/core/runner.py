@@ -7,7 +7,6 @@ blocks replaced by stand-ins, so no architecture is known here.
 
 import contextlib
 import copy
-import functools
 import mmap
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from layerwise.core.activations import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import Collector, GradientCollector
+from layerwise.core.evidence import AttentionCollector, Collector, GradientCollector
 from layerwise.core.extras import need
+from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
 from layerwise.core.structure import Structure, block_of
 
 _Collecting = TypeVar("_Collecting", Collector, GradientCollector)
@@ -52,89 +51,6 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         return self.act(hidden, *args, **kwargs)
-
-
-class _Tap(TorchFunctionMode):
-    """Shows the input of each watched weight to its collector, whatever module multiplies it."""
-
-    def __init__(self, watched: Mapping[int, Sequence[Collector]]) -> None:
-        super().__init__()
-        self.watched = watched
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _PRODUCTS:
-            weight = _weight(func, args, kwargs)
-            for collector in self.watched.get(weight.data_ptr(), ()):
-                collector.see(_columns(func, args, kwargs, weight))
-        return func(*args, **kwargs)
-
-
-class _Listen(TorchFunctionMode):
-    """Shows the gradient of what each watched weight answers to its collector."""
-
-    def __init__(self, watched: Mapping[int, Sequence[GradientCollector]]) -> None:
-        super().__init__()
-        self.watched = watched
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        answer = func(*args, **kwargs)
-        if func in _PRODUCTS:
-            for collector in self.watched.get(_weight(func, args, kwargs).data_ptr(), ()):
-                across = 1 if func is nn.functional.conv2d else -1
-                answer.register_hook(functools.partial(_shown, collector, across))
-        return answer
-
-
-def _shown(collector: GradientCollector, across: int, gradient: Tensor) -> None:
-    collector.see(gradient.movedim(across, -1))
-
-
-_PRODUCTS = (nn.functional.linear, torch.addmm, nn.functional.conv2d)
-
-
-def _weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    return kwargs.get("weight", args[-1] if func is torch.addmm else args[1])
-
-
-def _columns(func: Any, args: Sequence[Any], kwargs: Any, weight: Tensor) -> Tensor:
-    """The (tokens, in) matrix that a weight's (out, in) matrix multiplies."""
-    if func is torch.addmm:
-        return args[1]
-    inputs: Tensor = args[0]
-    if func is nn.functional.linear:
-        return inputs.reshape(-1, inputs.shape[-1])
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = (
-        {"stride": 1, "padding": 0, "dilation": 1} | dict(zip(names, args, strict=False)) | kwargs
-    )
-    padding: Any = given["padding"]
-    if isinstance(padding, str):
-        inputs, padding = _padded(inputs, padding, weight, given["dilation"]), 0
-    patches = nn.functional.unfold(
-        inputs,
-        weight.shape[2:],
-        dilation=given["dilation"],
-        padding=padding,
-        stride=given["stride"],
-    )  # (batch, in, places)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-
-
-def _padded(inputs: Tensor, padding: str, weight: Tensor, dilation: Sequence[int]) -> Tensor:
-    """Inputs with the zeros that "same" (or no "valid") padding adds: the odd one comes last."""
-    if padding == "valid":
-        return inputs
-    sides: list[int] = []
-    for kernel, spread in zip(weight.shape[:1:-1], dilation[::-1], strict=True):
-        total = spread * (kernel - 1)
-        sides += [total // 2, total - total // 2]
-    return nn.functional.pad(inputs, sides)
 
 
 class Runner:
@@ -268,6 +184,7 @@ class Runner:
         hidden: Tensor,
         changed: Mapping[str, Tensor],
         collectors: Mapping[str, Collector] | None = None,
+        answers: Mapping[str, Answer] | None = None,
     ) -> Tensor:
         """Carry activations through a block.
 
@@ -276,8 +193,9 @@ class Runner:
             hidden: What it sees, as `start` or the block before gave it.
             changed: Tensors of the source, by name, that are to be used instead.
             collectors: What is to see the inputs of layers, by the layer's name.
+            answers: What is to answer instead of a product with its weight, by the layer's name.
         """
-        return filled(self.carry(block, hidden, changed, collectors), len(hidden))
+        return filled(self.carry(block, hidden, changed, collectors, answers), len(hidden))
 
     def carry(
         self,
@@ -285,14 +203,20 @@ class Runner:
         hidden: Activations,
         changed: Mapping[str, Tensor],
         collectors: Mapping[str, Collector] | None = None,
+        answers: Mapping[str, Answer] | None = None,
+        attention: AttentionCollector | None = None,
     ) -> Iterator[Tensor]:
-        """What `forward` gives, batch after batch: each is read when the one before is done."""
+        """What `forward` gives, batch after batch: each is read when the one before is done.
+
+        `attention` is shown what each token of each batch receives.
+        """
         dtype = hidden.dtype if block else torch.float32
         parameters = self._parameters(block, dtype, changed=changed)
         watched = self._watched(parameters, block, collectors or {})
+        answering = self._answering(parameters, block, answers or {})
         module, args, kwargs = self._called(block, dtype)
         for batch in batches(hidden, self.batch(hidden)):
-            with torch.no_grad(), _Tap(watched) if watched else contextlib.nullcontext():
+            with torch.no_grad(), _modes(answering, watched, attention):
                 outcome = functional_call(
                     module, parameters, (batch.to(self.device), *args), kwargs
                 )
@@ -326,7 +250,7 @@ class Runner:
         gradients: list[Tensor] = []
         size = self.batch(hidden)
         for batch, wanted in zip(hidden.split(size), gradient.split(size), strict=True):
-            with torch.enable_grad(), _Listen(watched):
+            with torch.enable_grad(), Listen(watched):
                 entering = batch.to(self.device, copy=True)
                 if entering.is_floating_point():
                     entering.requires_grad_()
@@ -400,10 +324,15 @@ class Runner:
         """Entries of a token's logits; 0 if its configuration does not say."""
         return int(self.source.config.get("vocab_size") or 0)
 
-    def answer(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-        """What the whole model, with these tensors for its own, answers to some windows."""
+    def answer(
+        self, tensors: Mapping[str, Tensor], ids: Tensor, answers: Mapping[str, Answer]
+    ) -> Tensor:
+        """What the whole model, with these tensors for its own, answers to some windows.
+
+        `answers` says what layers answer instead of a product with their weight, by name.
+        """
         given = {name: value.float() for name, value in tensors.items()}
-        with torch.no_grad():
+        with torch.no_grad(), Answered(self._answering(given, "", answers)):
             return _first(self._call_model(given, ids)).cpu()
 
     def batch(self, windows: Activations) -> int:
@@ -493,14 +422,24 @@ class Runner:
         args, kwargs = self._calls[dtype][self.blocks.index(block)] if block else ((), {})
         return module, args, kwargs
 
+    def _answering(
+        self, parameters: Mapping[str, Tensor], block: str, answers: Mapping[str, Answer]
+    ) -> dict[int, Answer]:
+        """What weights answer, by where they lie in memory."""
+        return {self._pointer(parameters, block, name): one for name, one in answers.items()}
+
+    def _pointer(self, parameters: Mapping[str, Tensor], block: str, layer: str) -> int:
+        """Where a layer's weight lies in memory."""
+        value, expert = parameters[self._inside(block, layer)], self._places[layer].expert
+        return (value if expert is None else value[expert]).data_ptr()
+
     def _watched(
         self, parameters: Mapping[str, Tensor], block: str, collectors: Mapping[str, _Collecting]
     ) -> dict[int, list[_Collecting]]:
         """Collectors by where the weights that they watch lie in memory."""
         watched: dict[int, list[_Collecting]] = {}
         for layer, collector in collectors.items():
-            value, expert = parameters[self._inside(block, layer)], self._places[layer].expert
-            pointer = (value if expert is None else value[expert]).data_ptr()
+            pointer = self._pointer(parameters, block, layer)
             watched.setdefault(pointer, []).append(collector)
         return watched
 
@@ -699,6 +638,23 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
         for layer in found.layers.values()
         if layer.tensor in by_tensor
     }
+
+
+@contextlib.contextmanager
+def _modes(
+    answers: Mapping[int, Answer],
+    watched: Mapping[int, Sequence[Collector]],
+    attention: AttentionCollector | None,
+) -> Generator[None]:
+    """Products watched and answered as is wished, where anything is."""
+    with contextlib.ExitStack() as entered:
+        if answers:
+            entered.enter_context(Answered(answers))
+        if watched:
+            entered.enter_context(Tap(watched))
+        if attention is not None:
+            entered.enter_context(Attend(attention))
+        yield
 
 
 def _cast(given: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
-from layerwise.core.results import LowRank, Pruned, Quantized
+from layerwise.core.results import Coded, LowRank, Pruned
 
 # How important or how damaged a layer (or a block) is: one number, higher is more.
 measure: Verb[float] = Verb("measure")
@@ -14,7 +14,7 @@ measure: Verb[float] = Verb("measure")
 # whole model.  The first level of every item together is what the least plan costs.
 allocator: Verb[Int[Tensor, " items"]] = Verb("allocate", requires=frozenset({"budget"}))
 
-quantizer: Verb[Quantized] = Verb("quantize", requires=frozenset({"bits", "group", "symmetric"}))
+quantizer: Verb[Coded] = Verb("quantize", requires=frozenset({"bits", "group", "symmetric"}))
 
 # `density` is the fraction of weights kept.
 pruner: Verb[Pruned] = Verb("prune", requires=frozenset({"density"}))

@@ -17,11 +17,12 @@ from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Losses
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import Collector, calibrated_words
+from layerwise.core.evidence import AttentionCollector, Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
 from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
@@ -85,7 +86,7 @@ def walk(
     """
     runner = runner.running(economy.tokens)
     source = runner.source
-    words = calibrated_words(plan.methods())
+    words = plan.words()
     in_block, outside = by_block(runner)
     progress.stage("transform", len(runner.blocks))
     held = _Held(staging, economy)
@@ -243,29 +244,40 @@ class _Block:
         seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
-        rows = self._transform(seen, candidates, changed)
+        answers: dict[str, Answer] = {}
+        rows = self._transform(seen, candidates, changed, answers)
         source = self.runner.source
         untouched = [name for name in names if name not in changed]
         changed |= _restored_rest(source, self.format, untouched)
-        self._carry([name for name in self.states if name not in _ORIGINAL], changed)
+        self._carry([name for name in self.states if name not in _ORIGINAL], changed, answers)
         for name in untouched:
             copy_tensor(source, source.tensors[name], self.format, self.staging)
         return rows
 
-    def _carry(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> None:
+    def _carry(
+        self,
+        names: Iterable[str],
+        changed: Mapping[str, Tensor],
+        answers: Mapping[str, Answer] | None = None,
+    ) -> None:
         for name in names:
             hidden = self.states[name]
-            parts = self.runner.carry(self.block, hidden, changed)
+            parts = self.runner.carry(self.block, hidden, changed, answers=answers)
             step = _step(self.block)
             self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 
     def _transform(
-        self, seen: "_Seen", candidates: Candidates | None, changed: dict[str, Tensor]
+        self,
+        seen: "_Seen",
+        candidates: Candidates | None,
+        changed: dict[str, Tensor],
+        answers: dict[str, Answer],
     ) -> list[LayerRow]:
         """Transform every layer and write it.
 
         What a loader of the output will make of the layers, and of the other tensors that scales
-        were folded into, is put into `changed`.
+        were folded into, is put into `changed`; what layers answer whose inputs are rounded, into
+        `answers`.
         """
         source = self.runner.source
         rows: list[LayerRow] = []
@@ -275,7 +287,7 @@ class _Block:
             done = _transform_group(source, self.plan, group, folded, seen, candidates)
             scale = done[0].input_scale
             while done:
-                rows.append(self._finish_layer(done.pop(0), changed))
+                rows.append(self._finish_layer(done.pop(0), changed, answers))
             if scale is not None:
                 feeder = group[0].feeder
                 names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
@@ -291,10 +303,14 @@ class _Block:
                 self._write_rest(name, value, changed)
         return rows
 
-    def _finish_layer(self, result: Transformed, changed: dict[str, Tensor]) -> LayerRow:
+    def _finish_layer(
+        self, result: Transformed, changed: dict[str, Tensor], answers: dict[str, Answer]
+    ) -> LayerRow:
         """Write a transformed layer, and note what a loader will make of it."""
         layer, format = result.layer, self.format
         info = self.runner.source.tensors[layer.tensor]
+        if (answer := format.answer(result, info.dtype)) is not None:
+            answers[layer.name] = answer
         if not result.plan.steps and layer.expert is None:
             self._write_rest(info.name, layer.store(result.weight, info.shape), changed)
         else:
@@ -369,9 +385,11 @@ def gather(
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
-    for _ in runner.carry(block, hidden, {}, collectors):
+    attention = AttentionCollector() if "attention" in words else None
+    for _ in runner.carry(block, hidden, {}, collectors, attention=attention):
         pass
-    return {reads: collectors[layer.name].evidence() for reads, layer in first.items()}
+    shared = {} if attention is None else attention.evidence()
+    return {reads: {**collectors[one.name].evidence(), **shared} for reads, one in first.items()}
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """How a transformed layer is stored: one file per format, one class each."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
@@ -23,13 +25,20 @@ FORMATS: Mapping[str, type[Format]] = {
 __all__ = ["ADAPTER_CONFIG", "FORMATS", "get", "kind"]
 
 
-def get(name: str, source: Source) -> Format:
+def get(
+    name: str, source: Source, options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Format:
     """The format called `name`, for one model.
+
+    Args:
+        name: Its name.
+        source: The model.
+        options: Options of the methods that make its layers, by id.
 
     Raises:
         UserError: There is none.
     """
-    return kind(name)(source)
+    return kind(name)(source, options)
 
 
 def kind(name: str) -> type[Format]:

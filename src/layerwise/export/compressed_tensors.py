@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
+from layerwise.core.catalogue import Codes
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
@@ -39,6 +40,7 @@ from layerwise.export._adapter import (
 )
 
 _WIDEST = 8
+_CODES = frozenset[Codes]({"integer", "float8"})
 _PACKED, _FLOAT, _MIXED = "pack-quantized", "float-quantized", "mixed-precision"
 
 
@@ -58,6 +60,7 @@ class _Grid(NamedTuple):
 class CompressedTensors(Format):
     """Codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
+    codes = _CODES
     packages = ("compressed_tensors",)
     directory = True
     adapts = True
@@ -76,7 +79,7 @@ class CompressedTensors(Format):
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
         """Codes and scales; of packed codes the shape, too; the adapter's of a correction."""
         adapter = adapter_tensors(layer, plan, info)
-        if plan.bits is None:
+        if not plan.coded or plan.bits is None:
             return [info, *adapter]
         groups = -(-layer.width // (plan.group or layer.width))
         scale = TensorInfo(f"{layer.name}.weight_scale", SCALE_DTYPE, (layer.rows, groups))
@@ -93,10 +96,10 @@ class CompressedTensors(Format):
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """Pack a layer's codes, or those of some rows."""
-        quantized, name = done.quantized, done.layer.name
+        quantized, name = done.grid, done.layer.name
         made = encode_adapter(done, info.dtype)
         if quantized is None:
-            stored = done.layer.store(done.base.to(info.dtype), (-1, *info.shape[1:]))
+            stored = done.layer.store(done.stored.to(info.dtype), (-1, *info.shape[1:]))
             return {info.name: stored, **made}
         made[f"{name}.weight_scale"] = quantized.scale
         if quantized.points is not None:
@@ -115,18 +118,18 @@ class CompressedTensors(Format):
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
         """The shape, which packed codes no longer tell."""
-        if plan.codes != "integer":
+        if not plan.coded or plan.codes != "integer":
             return {}
         return {f"{layer.name}.weight_shape": torch.tensor([layer.rows, layer.width])}
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The codes' own values; a loader that computes in float32 rounds those of experts only."""
-        if done.quantized is None:
-            return corrected(done, done.base.to(dtype).float(), dtype)
-        values = done.quantized.grid_values()
+        if done.grid is None:
+            return corrected(done, done.stored.to(dtype).float(), dtype)
+        values = done.grid.grid_values()
         # transformers joins a block's experts to one tensor; of packed codes it holds that in the
         # scales' dtype, of floats in the one it was asked for.
-        if "experts." in done.layer.name and done.quantized.points is None:
+        if "experts." in done.layer.name and done.grid.points is None:
             return values.to(SCALE_DTYPE).float()
         return corrected(done, values, dtype)
 
@@ -140,7 +143,7 @@ class CompressedTensors(Format):
         grids: dict[_Grid, list[str]] = {}
         ignored = [_module(name) for name in found.left if _is_matrix_name(name)]
         for name, layer in plan.layers.items():
-            if layer.bits is None:
+            if not layer.coded or layer.bits is None:
                 ignored.append(name)
             else:
                 float8 = layer.codes == "float8"
@@ -170,9 +173,10 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
     """Why the format has no place for a layer; "" if it has."""
     if problem := adapter_problem(layer, plan):
         return problem
-    if plan.bits is None:
+    if not plan.coded or plan.bits is None:
         return ""
     rules = (
+        (plan.codes not in _CODES, f"the codes of {plan.method}"),
         (plan.bits > _WIDEST, f"{plan.bits} bits; it goes up to {_WIDEST}"),
         (layer.layout != "linear", f"it is stored as a {layer.layout}, not as a Linear"),
         (layer.expert is not None, "its experts lie in one 3-D tensor"),

@@ -5,14 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.apply import Transformed
+from layerwise.core.catalogue import ALL_CODES
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.results import layout_bytes
 from layerwise.core.structure import Layer, Structure
 
 
 class Dense(Format):
     """The weights a transform left, as ordinary tensors.  The files do not get smaller."""
+
+    codes = ALL_CODES
 
     def check(self, plan: Plan, found: Structure) -> None:
         """Hold any plan."""
@@ -23,7 +27,11 @@ class Dense(Format):
 
     def size(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> int:
         """What the codes and grids of the plan would take: the tensor itself keeps its size."""
-        return -int(-layer.count * plan.stored_bits(layer, info.dtype.itemsize * 8) // 8)
+        if plan.bits is None:
+            stored = layer.count * info.dtype.itemsize
+        else:
+            stored = layout_bytes(plan.layout(layer, self.options))
+        return stored + plan.rank * (layer.rows + layer.width) * info.dtype.itemsize
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """The matrix as its tensor lies, rounded to the checkpoint's dtype."""

@@ -62,17 +62,17 @@ class Gguf(Format):
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
         """Rows of blocks, or of float16."""
         name = self.model.names[info.name]
-        if plan.bits is None:
+        if not plan.coded:
             return [TensorInfo(name, torch.float16, info.shape)]
         size = _kind(plan).bytes_of(layer.width)
         return [TensorInfo(name, torch.uint8, (layer.rows, size))]
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:
         """The blocks of a layer's rows."""
-        if done.quantized is None:
-            rows = _half(info.name, done.weight)
+        if done.grid is None:
+            rows = _half(info.name, done.stored)
         else:
-            made = blocks(done.quantized)
+            made = blocks(done.grid)
             if not made.finite():
                 raise _overflow(done.layer.name)
             rows = made.packed()
@@ -80,9 +80,9 @@ class Gguf(Format):
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """What the blocks hold: their scales and minima are float16."""
-        if done.quantized is None:
-            return done.weight.half().float()
-        return blocks(done.quantized).values()
+        if done.grid is None:
+            return done.stored.half().float()
+        return blocks(done.grid).values()
 
     @classmethod
     def grid(cls, bits: int) -> tuple[int | None, bool | None]:
@@ -218,10 +218,10 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
     """Why the format has no place for a layer; "" if it has."""
     if plan.rank:
         return "it has no place for a low-rank correction"
-    if plan.bits is None:
+    if not plan.coded or plan.bits is None:
         return ""
     if plan.codes != "integer":
-        return "its codes are floats"
+        return f"the codes of {plan.method}"
     kind = KINDS.get((plan.bits, plan.symmetric))
     if kind is None:
         widths = sorted({bits for bits, symmetric in KINDS if symmetric == plan.symmetric})

@@ -92,12 +92,12 @@ class Gptq(Format):
 
     def whole(self, plan: LayerPlan) -> bool:
         """Its tensors lie transposed: rows of a layer are columns of theirs."""
-        return plan.bits is not None
+        return plan.coded
 
     def tensors(self, layer: Layer, plan: LayerPlan, info: TensorInfo) -> list[TensorInfo]:
         """Codes, zero points, scales and groups; the adapter's tensors of a correction."""
         adapter = adapter_tensors(layer, plan, info)
-        if plan.bits is None:
+        if not plan.coded or plan.bits is None:
             return [info, *adapter]
         groups = _groups(layer, plan)
         made = {
@@ -116,8 +116,8 @@ class Gptq(Format):
             UserError: A scale is larger than float16 holds.
         """
         made = encode_adapter(done, info.dtype)
-        if (quantized := done.quantized) is None:
-            stored = done.layer.store(done.base.to(info.dtype), (-1, *info.shape[1:]))
+        if (quantized := done.grid) is None:
+            stored = done.layer.store(done.stored.to(info.dtype), (-1, *info.shape[1:]))
             return {info.name: stored, **made}
         codes = pack(quantized.codes, quantized.bits)
         made[f"{done.layer.name}.qweight"] = codes.T.contiguous()
@@ -126,7 +126,7 @@ class Gptq(Format):
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
         """The zero points, all alike, and the group of each input."""
-        if plan.bits is None:
+        if not plan.coded or plan.bits is None:
             return {}
         zeros = torch.full((_groups(layer, plan), layer.rows), 2 ** (plan.bits - 1) - 1)
         inputs = torch.arange(layer.width, dtype=torch.int32)
@@ -137,8 +137,8 @@ class Gptq(Format):
 
     def restored(self, done: Transformed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The codes' values on grids of float16 scales, not rounded any further."""
-        if (quantized := done.quantized) is None:
-            return corrected(done, done.base.to(dtype).float(), dtype)
+        if (quantized := done.grid) is None:
+            return corrected(done, done.stored.to(dtype).float(), dtype)
         scale = _scales(done.layer, quantized).float().repeat_interleave(quantized.group, dim=1)
         centred = quantized.codes.float() - 2 ** (quantized.bits - 1)
         return corrected(done, centred * scale[:, : centred.shape[1]], dtype)
@@ -158,7 +158,7 @@ class Gptq(Format):
 
     def config(self, plan: Plan, found: Structure) -> Mapping[str, Any]:
         """`quantization_config`: the commonest grid, and rules for the layers without it."""
-        grids = {name: (p.bits, p.group) for name, p in plan.layers.items() if p.bits is not None}
+        grids = {name: (p.bits, p.group) for name, p in plan.layers.items() if p.coded}
         if not grids:
             return {}
         common = Counter(grids.values()).most_common(1)[0][0]
@@ -249,12 +249,12 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
     """Why the format has no place for a layer; "" if it has."""
     if problem := adapter_problem(layer, plan):
         return problem
-    if plan.bits is None:
+    if not plan.coded or plan.bits is None:
         return ""
     filled = layer.rows * plan.bits % WORD == layer.width * plan.bits % WORD == 0
     shape = f"{layer.rows} x {layer.width}"
     rules = (
-        (plan.codes != "integer", "its codes are floats"),
+        (plan.codes != "integer", f"the codes of {plan.method}"),
         (plan.bits not in WIDTHS, f"{plan.bits} bits; it has {_listed(WIDTHS)}"),
         (plan.group not in GROUPS, f"a group of {plan.group}; it has {_listed(GROUPS)} (0: a row)"),
         (not plan.symmetric, "its loaders refuse asymmetric grids; use --symmetric"),

@@ -5,8 +5,10 @@ low-rank corrections as two factors.  `docs/format.md` describes every tensor; `
 makes a transformers model of it.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +16,24 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from layerwise.core import catalogue
+from layerwise.core.activation import SCHEMES, Activation
 from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import Source, TensorInfo
+from layerwise.core.catalogue import ALL_CODES
+from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.packing import BYTE, pack, pack_bits, unpack, unpack_bits, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.results import SCALE_DTYPE, Quantized, float8_points
+from layerwise.core.products import Answer
+from layerwise.core.results import Coded, Quantized
 from layerwise.core.structure import Layer, Structure
 from layerwise.export._adapter import corrected, factors
 
 NAME = "layerwise"
-VERSION = 2  # the first in which codes may be floats; files without them still say 1
+VERSION = 3
+# The first version that has codes of a kind; files say the least that they need.
+_VERSIONS: Mapping[str | None, int] = {None: 1, "integer": 1, "float8": 2}
 
 
 class Layerwise(Format):
@@ -33,6 +41,8 @@ class Layerwise(Format):
 
     # A loader that does not know the format finds no weights, instead of loading noise.
     stem = NAME
+    codes = ALL_CODES
+    activations = frozenset(SCHEMES)
     unpacking = 24.0
 
     def check(self, plan: Plan, found: Structure) -> None:
@@ -58,17 +68,15 @@ class Layerwise(Format):
             shape = (layer.rows, -(-layer.width // BYTE))
             made.append(TensorInfo(f"{name}.mask", torch.uint8, shape))
         if plan.bits is not None:
-            groups = -(-layer.width // (plan.group or layer.width))
-            rows, width = (1, _capacity(layer, plan)) if sparse else (layer.rows, layer.width)
-            if plan.codes == "float8":
-                made.append(TensorInfo(f"{name}.codes", torch.uint8, (rows, width)))
-            else:
-                shape = (rows, words(width, plan.bits))
-                made.append(TensorInfo(f"{name}.codes", torch.int32, shape))
-            made.append(TensorInfo(f"{name}.scale", SCALE_DTYPE, (layer.rows, groups)))
-            if not plan.symmetric:
-                shape = (layer.rows, words(groups, plan.bits))
-                made.append(TensorInfo(f"{name}.zero", torch.int32, shape))
+            layout = dict(plan.layout(layer, self.options))
+            if sparse:
+                dtype = layout["codes"][0]
+                room = _capacity(layer, plan)
+                filled = room if dtype == torch.uint8 else words(room, plan.bits)
+                layout["codes"] = (dtype, (1, filled))
+            made += [TensorInfo(f"{name}.{part}", *described) for part, described in layout.items()]
+            if plan.rounding:
+                made.append(TensorInfo(f"{name}.input_step", torch.float32, (1,)))
         elif sparse:
             made.append(TensorInfo(f"{name}.values", info.dtype, (1, _capacity(layer, plan))))
         else:
@@ -85,14 +93,16 @@ class Layerwise(Format):
         if done.kept is not None:
             made[f"{name}.mask"] = pack_bits(done.kept)
         if quantized is not None:
-            codes = quantized.codes
+            parts = quantized.parts(plan.told(self.options))
             if done.kept is not None:
-                codes = _survivors(codes, done.kept, _capacity(done.layer, plan))
-            floats = quantized.points is not None
-            made[f"{name}.codes"] = codes.contiguous() if floats else pack(codes, quantized.bits)
-            made[f"{name}.scale"] = quantized.scale
-            if not quantized.symmetric:
-                made[f"{name}.zero"] = pack(quantized.zero, quantized.bits)
+                assert isinstance(quantized, Quantized)
+                codes = _survivors(quantized.codes, done.kept, _capacity(done.layer, plan))
+                floats = plan.codes == "float8"
+                parts["codes"] = codes.contiguous() if floats else pack(codes, quantized.bits)
+            if plan.rounding:
+                step = None if done.activation is None else done.activation.scale
+                parts["input_step"] = torch.zeros(1) if step is None else step
+            made |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         elif done.kept is not None:
             values = _survivors(done.base, done.kept, _capacity(done.layer, plan))
             made[f"{name}.values"] = values.to(info.dtype)
@@ -121,13 +131,40 @@ class Layerwise(Format):
                 "symmetric": layer.symmetric,
                 "sparse": layer.density < 1,
                 "rank": layer.rank,
+                **self._told(layer),
             }
             for name, layer in plan.layers.items()
             if layer.steps
         }
-        floats = any(facts["codes"] == "float8" for facts in layers.values())
-        stored = {"quant_method": NAME, "version": VERSION if floats else 1, "layers": layers}
+        version = max(map(_version, plan.layers.values()))
+        stored = {"quant_method": NAME, "version": version, "layers": layers}
         return {"quantization_config": stored}
+
+    def _told(self, layer: LayerPlan) -> dict[str, Any]:
+        """What files of earlier versions do not say of a layer."""
+        made: dict[str, Any] = {}
+        if layer.coded and layer.codes not in _VERSIONS:
+            made |= {"method": layer.method, "told": layer.told(self.options)}
+        if layer.rounding:
+            made["activation"] = layer.rounding
+        return made
+
+    def answer(self, done: Transformed, dtype: torch.dtype) -> Answer | None:
+        """The codes' own answer, and the stored factors'."""
+        if done.activation is None or done.quantized is None:
+            return None
+        return _answer(done.quantized.with_activation(done.activation), factors(done, dtype))
+
+    def answers(self) -> Mapping[str, Answer]:
+        """What layers answer whose inputs are rounded, by name."""
+        made: dict[str, Answer] = {}
+        for name, facts in self._layers.items():
+            if "activation" in facts:
+                step = self.source.read(f"{name}.input_step")
+                activation = Activation(facts["activation"], step if float(step) > 0 else None)
+                coded = self._coded(name, facts).with_activation(activation)
+                made[name] = _answer(coded, self._factors(name, facts))
+        return made
 
     def read(self) -> Mapping[str, Tensor]:
         """Every tensor under the original's name; those of transformed layers in float32.
@@ -136,61 +173,102 @@ class Layerwise(Format):
             UserError: The files are of a later version.
         """
         source = self.source
-        stored = source.config["quantization_config"]
-        if stored["version"] > VERSION:
+        version = source.config["quantization_config"]["version"]
+        if version > VERSION:
             raise UserError(
-                f"{source.label} is of version {stored['version']} of the format; this layerwise "
-                f"reads up to {VERSION}.",
+                f"{source.label} is of version {version} of the format; this layerwise reads up "
+                f"to {VERSION}.",
                 "pip install --upgrade layerwise.",
             )
-        layers: Mapping[str, Mapping[str, Any]] = stored["layers"]
-        parts = ("mask", "codes", "scale", "zero", "values", "left", "right")
-        packed = {f"{name}.{part}" for name in layers for part in parts}
+        packed = {name for layer in self._layers for name in self._parts.get(layer, ())}
         state = {name: source.read(name) for name in source.tensors if name not in packed}
-        for name, facts in layers.items():
-            matrix = _decoded(source, name, facts)
+        for name, facts in self._layers.items():
+            matrix = self._decoded(name, facts)
             laid = matrix.T.contiguous() if facts["transposed"] else matrix
             state[facts["tensor"]] = laid.reshape(facts["shape"])
         return state
 
+    @property
+    def _layers(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.source.config["quantization_config"]["layers"]
 
-def _decoded(source: Source, name: str, facts: Mapping[str, Any]) -> Float[Tensor, "out in"]:
+    @functools.cached_property
+    def _parts(self) -> Mapping[str, Sequence[str]]:
+        """The names of what is stored for each layer in place of its weight."""
+        made: dict[str, list[str]] = {}
+        for name in self.source.tensors:
+            layer, _, part = name.rpartition(".")
+            if part not in ("weight", "bias"):
+                made.setdefault(layer, []).append(name)
+        return made
+
+    def _decoded(self, name: str, facts: Mapping[str, Any]) -> Float[Tensor, "out in"]:
+        """A layer's matrix."""
+        source, (rows, width) = self.source, _sides(facts)
+        if facts["bits"] is not None:
+            base = self._coded(name, facts).grid_values()
+        elif facts["sparse"]:
+            values = source.read(f"{name}.values").float()[0]
+            kept = unpack_bits(source.read(f"{name}.mask"), width)
+            base = torch.zeros(rows, width).masked_scatter(kept, values)
+        else:
+            tensor = source.read(facts["tensor"]).float()
+            base = tensor.T if facts["transposed"] else tensor.reshape(rows, width)
+        if (sides := self._factors(name, facts)) is not None:
+            base = base + sides[0] @ sides[1]
+        return base
+
+    def _coded(self, name: str, facts: Mapping[str, Any]) -> Coded:
+        """A layer's codes; pruned weights have that of 0.0."""
+        rows, width = _sides(facts)
+        parts = {full.rpartition(".")[2]: self.source.read(full) for full in self._parts[name]}
+        if "method" in facts:
+            stores = catalogue.get(f"quantize/{facts['method']}").stores
+            return stores.read(parts, rows, width, facts["told"])
+        told = {told: facts[told] for told in ("bits", "group", "symmetric")}
+        told["codes"] = facts.get("codes") or "integer"
+        if not facts["sparse"]:
+            return Quantized.read(parts, rows, width, told)
+        kept = unpack_bits(parts["mask"], width)
+        held, packed = int(kept.sum()), parts["codes"]
+        floats = packed.dtype == torch.uint8
+        codes = packed[:, :held].int() if floats else unpack(packed, told["bits"], held)
+        # The grids, over codes of zeros; then the survivors'.
+        dtype, shape = Quantized.layout(rows, width, told)["codes"]
+        parts["codes"] = torch.zeros(shape, dtype=dtype)
+        grids = Quantized.read(parts, rows, width, told)
+        zeros = grids.zero.repeat_interleave(grids.group, dim=1)[:, :width]
+        return replace(grids, codes=zeros.masked_scatter(kept, codes[0]))
+
+    def _factors(self, name: str, facts: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Both sides of a layer's correction, float32."""
+        if not facts["rank"]:
+            return None
+        return self.source.read(f"{name}.left").float(), self.source.read(f"{name}.right").float()
+
+
+def _version(plan: LayerPlan) -> int:
+    """The first version that can say what a layer is."""
+    return VERSION if plan.rounding else _VERSIONS.get(plan.codes, VERSION)
+
+
+def _sides(facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and width of a layer's matrix."""
     rows, *inputs = reversed(facts["shape"]) if facts["transposed"] else facts["shape"]
-    width, bits = math.prod(inputs), facts["bits"]
-    kept = None
-    if facts["sparse"]:
-        kept = unpack_bits(source.read(f"{name}.mask"), width)
-    if bits is not None:
-        group = int(facts["group"] or width)
-        scale = source.read(f"{name}.scale")
-        zero = _zero(source, name, facts, scale)
-        floats = facts.get("codes") == "float8"
-        codes = source.read(f"{name}.codes")
-        held = width if kept is None else int(kept.sum())
-        codes = codes[:, :held].int() if floats else unpack(codes, bits, held)
-        if kept is not None:
-            zeros = zero.repeat_interleave(group, dim=1)[:, :width]
-            codes = zeros.masked_scatter(kept, codes[0])
-        points = float8_points() if floats else None
-        base = Quantized(codes, scale, zero, bits, group, points=points).grid_values()
-    elif kept is not None:
-        values = source.read(f"{name}.values").float()[0]
-        base = torch.zeros(rows, width).masked_scatter(kept, values)
-    else:
-        tensor = source.read(facts["tensor"]).float()
-        base = tensor.T if facts["transposed"] else tensor.reshape(rows, width)
-    if facts["rank"]:
-        left, right = (source.read(f"{name}.{side}").float() for side in ("left", "right"))
-        base = base + left @ right
-    return base
+    return rows, math.prod(inputs)
 
 
-def _zero(source: Source, name: str, facts: Mapping[str, Any], scale: Tensor) -> Tensor:
-    bits = int(facts["bits"])
-    if facts["symmetric"]:
-        middle = 0 if facts.get("codes") == "float8" else 2 ** (bits - 1)
-        return torch.full(scale.shape, middle, dtype=torch.int32)
-    return unpack(source.read(f"{name}.zero"), bits, scale.shape[1])
+def _answer(coded: Coded, sides: tuple[Tensor, Tensor] | None) -> Answer:
+    """What codes answer, and a correction of inputs that are not rounded."""
+    if sides is None:
+        return coded.answer
+    left, right = sides[0].float(), sides[1].float()
+
+    def answer(inputs: Tensor) -> Tensor:
+        correction = inputs @ right.to(inputs.device).T @ left.to(inputs.device).T
+        return coded.answer(inputs) + correction
+
+    return answer
 
 
 def _capacity(layer: Layer, plan: LayerPlan) -> int:

@@ -102,12 +102,13 @@ def compress(
     found = structure(source)
     ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
-    format = export.get(ready.format if ready else wish.format, source)
+    format = export.get(ready.format if ready else wish.format, source, (ready or wish).options)
     prepared = prepare(
         source,
         found,
         methods,
         texts,
+        needing=(ready or wish).needing,
         learning=() if ready else wish.learning,
         format=format,
         proof=proof,
@@ -287,11 +288,10 @@ def _prove(
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
-        tensors = export.get(plan.format, written).read() or {
-            name: written.read(name) for name in written.tensors
-        }
+        reading = export.get(plan.format, written)
+        tensors = reading.read() or {name: written.read(name) for name in written.tensors}
         assert prepared.runner is not None
-        found: Iterable[Tensor] = [prepared.runner.answer(tensors, ids)]
+        found: Iterable[Tensor] = [prepared.runner.answer(tensors, ids, reading.answers())]
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)
@@ -320,6 +320,12 @@ def _notes(prepared: Prepared, plan: Plan) -> list[str]:
     if plan.format == "dense" and any(p.bits is not None for p in plan.layers.values()):
         notes.append(
             "a dense file keeps its size whatever the bits; --format compressed-tensors packs them"
+        )
+    kept = {p.method for p in plan.layers.values() if p.dense and p.bits is not None}
+    if kept:
+        notes.append(
+            f"{plan.format} has no place for the codes of {', '.join(sorted(kept))}: those layers "
+            "are stored in full; --format layerwise packs them"
         )
     if plan.format != "layerwise" and any(p.density < 1 for p in plan.layers.values()):
         notes.append("pruned weights are stored as zeros; --format layerwise leaves them out")

@@ -16,6 +16,7 @@ from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
+from layerwise.core.products import Answering
 
 
 def load(
@@ -64,6 +65,10 @@ def load(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    for name, answer in ({} if format is None else format.answers()).items():
+        parent, _, last = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, last, Answering(getattr(holder, last), answer))
     if (folder := adapter_of(source)) is not None:
         peft = need("peft", f"the adapter of {source.label}")
         # Compressed layers have no weight, which peft looks for, before they have answered once.

@@ -75,7 +75,7 @@ def of_bytes(wish: Wish, prepared: Prepared) -> Market:
     Raises:
         UserError: A level cannot be had, or the budget is below the cheapest plan.
     """
-    found, format = prepared.found, export.get(wish.format, prepared.source)
+    found, format = prepared.found, export.get(wish.format, prepared.source, wish.options)
     combinations = wish.combinations()
     for level in combinations:
         check_level(prepared, wish, level)
@@ -161,7 +161,7 @@ def check_level(prepared: Prepared, wish: Wish, level: LayerPlan) -> None:
     """
     if not level.steps:
         return
-    found, format = prepared.found, export.get(wish.format, prepared.source)
+    found, format = prepared.found, export.get(wish.format, prepared.source, wish.options)
     suited = {
         layer.name: for_layer(level, layer) if _held(item, level, format, found) else LayerPlan()
         for item in found.items()

@@ -68,6 +68,7 @@ def prepare(
     methods: Sequence[catalogue.Method],
     texts: Texts,
     *,
+    needing: Sequence[str] = (),
     learning: Sequence[str] = (),
     format: Format | None = None,
     proof: Proving = "auto",
@@ -76,7 +77,8 @@ def prepare(
 ) -> Prepared:
     """Read the texts that the methods and the proof need, and make what runs the model.
 
-    `learning` names what else reads the calibration text, if there is one.
+    `needing` names what else cannot do without a calibration text, `learning` what else reads it
+    if there is one.
 
     Raises:
         UserError: A text that a method needs is not there, the model cannot run, or what loads
@@ -84,7 +86,7 @@ def prepare(
     """
     memory.settle()
     device = _device(device)
-    needy = [method.id for method in methods if method.needs == "calibration"]
+    needy = [*(method.id for method in methods if method.needs == "calibration"), *needing]
     text = texts.calibration
     if text is None and source.label == builtin.NAME:
         text = "builtin"
@@ -202,10 +204,22 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     """
     check_plan(plan, prepared.found)
     check_server(plan, prepared.found)
-    format = export.get(plan.format, prepared.source)
+    format = export.get(plan.format, prepared.source, plan.options)
     format.check(plan, prepared.found)
+    _check_rounding(plan, format)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
     return format.arrange(tensors)
+
+
+def _check_rounding(plan: Plan, format: Format) -> None:
+    for name, layer in plan.layers.items():
+        if layer.rounding and layer.rounding not in format.activations:
+            able = [one for one in export.FORMATS if layer.rounding in export.kind(one).activations]
+            raise UserError(
+                f"{plan.format} has no place for inputs that are rounded to {layer.rounding}, as "
+                f"those of {name} are to be.",
+                f"Write --format {' or '.join(able)}.",
+            )
 
 
 def check_disk(out: Path, size: int) -> None:

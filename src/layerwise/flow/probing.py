@@ -8,11 +8,12 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core import catalogue
-from layerwise.core.apply import transform
+from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan
+from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
 from layerwise.core.text import Windows
 from layerwise.evaluate.text import compare
@@ -37,7 +38,7 @@ class Probe:
         self.runner = prepared.runner
         self.found = prepared.found
         self.source = prepared.source
-        self.format = export.get(format, prepared.source)
+        self.format = export.get(format, prepared.source, options)
         self.options = options
         self.candidates = candidates
         self.ids = ids
@@ -57,12 +58,13 @@ class Probe:
         before = after = self.runner.start(self.ids)
         for block in self.runner.blocks:
             changed: dict[str, Tensor] = {}
+            answers: dict[str, Answer] = {}
             for name in self._inside(block):
                 if plans[name].steps:
-                    self._change(changed, name, plans[name])
+                    self._change(changed, answers, name, plans[name])
             before, after = (
                 self.runner.forward(block, before, {}),
-                self.runner.forward(block, after, changed),
+                self.runner.forward(block, after, changed, answers=answers),
             )
         return before, after
 
@@ -80,8 +82,9 @@ class Probe:
             for name in self._inside(block):
                 if plans[name].steps:
                     changed: dict[str, Tensor] = {}
-                    self._change(changed, name, plans[name])
-                    fresh[name] = self.runner.forward(block, before, changed)
+                    answers: dict[str, Answer] = {}
+                    self._change(changed, answers, name, plans[name])
+                    fresh[name] = self.runner.forward(block, before, changed, answers=answers)
             together = self.runner.forward(block, torch.cat([before, *carried.values()]), {})
             before, *later = together.split(len(self.ids))
             carried = dict(zip(carried, later, strict=True)) | fresh
@@ -93,8 +96,10 @@ class Probe:
         whole = self.runner.whole
         return [name for name, one in self.found.layers.items() if whole or one.block == block]
 
-    def _change(self, changed: dict[str, Tensor], name: str, plan: LayerPlan) -> None:
-        """Put a layer under a plan into the tensors that a block is to use."""
+    def _change(
+        self, changed: dict[str, Tensor], answers: dict[str, Answer], name: str, plan: LayerPlan
+    ) -> None:
+        """Put a layer under a plan into the tensors and answers that a block is to use."""
         layer = self.found.layers[name]
         done = self.candidates.find(layer, plan, self.options)
         if done is None and all(catalogue.get(id).needs == "nothing" for id, _ in plan.steps):
@@ -109,12 +114,21 @@ class Probe:
         info = self.source.tensors[layer.tensor]
         # Scales that a feeder is to take do not change what a layer answers: none are moved here.
         scaled = done.input_scale is not None
+        if (answer := self._answer(done, info.dtype)) is not None:
+            answers[name] = answer
         matrix = done.weight if scaled else self.format.restored(done, info.dtype)
         if layer.expert is None:
             changed[info.name] = layer.store(matrix, info.shape)
         else:
             whole = changed.setdefault(info.name, self.source.read(info.name).float())
             whole[layer.expert] = matrix
+
+    def _answer(self, done: Transformed, dtype: torch.dtype) -> Answer | None:
+        """What a layer answers whose inputs are rounded, from inputs that no scale was moved to."""
+        answer, scale = self.format.answer(done, dtype), done.input_scale
+        if answer is None or scale is None:
+            return answer
+        return lambda inputs: answer(inputs / scale.to(inputs.device))
 
     def _divergence(self, before: Tensor, after: Tensor) -> float:
         total, count = 0.0, 0

@@ -47,7 +47,7 @@ def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> F
         prepared.source,
         prepared.found,
         plan,
-        export.get(plan.format, prepared.source),
+        export.get(plan.format, prepared.source, plan.options),
         size=size,
         beside=sum(file.stat().st_size for file in prepared.source.companions),
         passes=passes,

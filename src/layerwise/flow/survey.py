@@ -13,7 +13,7 @@ from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
-from layerwise.core.plan import LayerPlan
+from layerwise.core.plan import LayerPlan, words_of
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import gather
@@ -77,7 +77,8 @@ def survey(
         return Survey(levels, {name: known[name] for name in levels}, {})
     of_layers = [m for m in measures if m.unit == "layer"]
     of_blocks = [m for m in measures if m.unit == "block"]
-    words = calibrated_words([*tried, *of_layers]) | ({"gram"} if levels else frozenset[str]())
+    words = calibrated_words(of_layers) | ({"gram"} if levels else frozenset[str]())
+    words |= words_of(plan for plans in levels.values() for plan in plans)
     runs = runner is not None and calibration is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
@@ -242,7 +243,9 @@ def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
     if layer.feeder:
         return level
     reason = f"rtn: nothing that feeds it can take {level.method} scales"
-    return replace(level, method="rtn", why="; ".join(filter(None, (level.why, reason))))
+    return replace(
+        level, method="rtn", dense=False, why="; ".join(filter(None, (level.why, reason)))
+    )
 
 
 def _block_evidence(

@@ -88,6 +88,7 @@ class Setting:
         cache_folder: Where candidates are.
         cache_bytes: Most that they may take.
         methods: Ids of all methods of the sweep.
+        needing: What else cannot do without a calibration text.
         learning: What else reads the calibration text.
     """
 
@@ -98,6 +99,7 @@ class Setting:
     cache_folder: str
     cache_bytes: int
     methods: Sequence[str]
+    needing: Sequence[str]
     learning: Sequence[str]
 
     def prepared(self) -> Prepared:
@@ -108,6 +110,7 @@ class Setting:
             structure(source),
             [catalogue.get(id) for id in self.methods],
             self.texts,
+            needing=self.needing,
             learning=self.learning,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
@@ -331,7 +334,10 @@ def find(setting: Setting, prepared: Prepared, point: Point) -> Found:
 
 
 def _bits(prepared: Prepared, plan: Plan) -> float:
-    format, tensors = export.get(plan.format, prepared.source), prepared.source.tensors
+    format, tensors = (
+        export.get(plan.format, prepared.source, plan.options),
+        prepared.source.tensors,
+    )
     layers = prepared.found.layers
     stored = sum(
         format.size(layers[name], one, tensors[layers[name].tensor])

@@ -8,11 +8,13 @@ from typing import Any, Literal, get_type_hints
 
 from layerwise import export
 from layerwise.core import catalogue
+from layerwise.core.activation import Scheme, static
 from layerwise.core.errors import UserError
 from layerwise.core.plan import Inputs, LayerPlan
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
 from layerwise.export import servers
+from layerwise.export.layerwise import NAME
 
 LEVELS = (2, 3, 4, 8)
 GROUPS = (128, 64, 32, 16)
@@ -49,7 +51,10 @@ class Wish:
         inputs: What calibration shows methods: what layers see after earlier ones were changed,
             or in the original model, which lets results be kept for other budgets.  "" is the
             original for a budget, and the changed for one level everywhere.
-        format: How the output is stored; "" is what the server loads best, or dense.
+        activation: How the inputs of layers are rounded when the model runs; "" leaves it to the
+            quantizer, of which most leave them as they are.
+        format: How the output is stored; "" is what the server loads best, or dense, or layerwise
+            where inputs are rounded.
         options: Options of methods, by id.
         server: What is to load the output; "" for anything that loads the format.
     """
@@ -71,6 +76,7 @@ class Wish:
     measure: str = "lim"
     sensitivity: Sensitivity = ""
     inputs: Inputs | Literal[""] = ""
+    activation: Scheme | Literal[""] = ""
     format: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     server: str = ""
@@ -84,7 +90,9 @@ class Wish:
         for name, kind in get_type_hints(Wish).items():
             if not fits(given := getattr(self, name), kind):
                 raise UserError(f"{name} is {given!r}.", f"Write {described(kind)}.")
-        default = servers.default_format(self.server) if self.server else "dense"
+        rounds = self.activation or self._quantizer.activates
+        default = NAME if rounds and (self.bits is not None or self.shares_bytes) else "dense"
+        default = servers.default_format(self.server) if self.server else default
         object.__setattr__(self, "format", self.format or default)
         if self.budget:
             budget_amount(self.budget)
@@ -139,9 +147,15 @@ class Wish:
         """What reads a calibration text beside methods, if there is one."""
         return ["the sensitivity of layers"] if self.shares_bytes else []
 
+    @property
+    def needing(self) -> list[str]:
+        """What cannot do without a calibration text, beside methods."""
+        return ["one scale for the inputs of all tokens"] if static(self.activation) else []
+
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
-        group, symmetric = export.kind(self.format).grid(bits or 0)
+        format = export.kind(self.format)
+        group, symmetric = format.grid(bits or 0)
         # A float needs no zero point to lie on both sides of 0.0.
         centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
         return LayerPlan(
@@ -153,6 +167,8 @@ class Wish:
             self.pruner,
             self.rank,
             self.compensator,
+            activation="" if bits is None else self.activation,
+            dense=bits is not None and self._quantizer.codes not in format.codes,
         )
 
     def combinations(self) -> list[LayerPlan]:

@@ -78,7 +78,7 @@ def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
         ("rank", "right"),
         ("why", "left"),
     )
-    format = export.get(plan.format, source)
+    format = export.get(plan.format, source, plan.options)
     stored = count = 0
     for name, layer_plan in plan.layers.items():
         layer = found.layers[name]
