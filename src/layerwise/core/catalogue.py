@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 from layerwise.core.activation import Scheme
 from layerwise.core.errors import UserError
+from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "calibration", "gradients", "models"]
@@ -123,6 +124,7 @@ class Method:
     nested: bool = False
     stores: type[Coded] = Quantized
     activates: Scheme | Literal[""] = ""
+    learns: Callable[..., Learned] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -183,6 +185,7 @@ class Verb(Generic[R]):
         nested: bool = False,
         stores: type[Coded] = Quantized,
         activates: Scheme | Literal[""] = "",
+        learns: Callable[..., Learned] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -191,13 +194,17 @@ class Verb(Generic[R]):
             claims: The inequalities that `layerwise claims` checks; baselines have none.
             exempt: Laws this method breaks by design, each with the reason.
             rows: How the rows of a weight hang together; a law holds methods to it.
-            unit: What a measure scores: one layer, or one block with all its layers.
+            unit: What a measure scores, or codes are learned for: one layer, or one block with all
+                its layers.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
             nested: The correction of a lower rank is the first part of one of a higher rank.
             stores: What a quantizer returns, which says how its codes are stored.
             activates: How a quantizer rounds the inputs of its layers where the plan does not
                 say; some of them may have a scale for each token where others have one for all.
+            learns: What makes a layer whose codes are to be learned, from the same arguments.  With
+                the unit "block" those of a block are learned together where a model runs block by
+                block; the function itself learns those of one layer.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -219,6 +226,7 @@ class Verb(Generic[R]):
                 nested,
                 stores,
                 activates,
+                learns,
             )
             self._check(method)
             _methods[method.id] = method

@@ -234,7 +234,9 @@ class Foresight:
 
     def _groups(self, block: str) -> list[_Group]:
         layers = [layer for layer in self.found.layers.values() if layer.block == block]
-        return [_Group(group, self._work(group)) for group in together(layers, self.plan)]
+        return [
+            _Group(group, self._work(group)) for group in together(layers, self.plan, whole=True)
+        ]
 
     def _work(self, group: Sequence[Layer]) -> Sample:
         """What transforming layers that read one input takes; measured once for all alike."""
@@ -286,6 +288,12 @@ class _Work:
             "attention": lambda: torch.ones(1),
             "inputs": lambda: torch.ones(1, width),
         }
+        # A step of learning holds what all of them do.
+        learned = (p.quantizer for p in plans if p.bits is not None and p.quantizer.learns)
+        steps = {method.id: {"steps": 1} for method in learned}
+        self.options = {
+            id: {**plan.options.get(id, {}), **steps.get(id, {})} for id in {*plan.options, *steps}
+        }
         self.evidence = {word: made() for word, made in evidence.items() if word in words}
 
     def __call__(self) -> None:
@@ -293,7 +301,7 @@ class _Work:
         weights = [
             torch.randn(layer.rows, layer.width, generator=generator) for layer in self.layers
         ]
-        done = transform(self.layers, weights, self.evidence, self.plans, self.plan.options)
+        done = transform(self.layers, weights, self.evidence, self.plans, self.options)
         del weights
         restored: list[torch.Tensor] = []
         while done:

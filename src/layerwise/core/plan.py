@@ -74,6 +74,12 @@ class LayerPlan:
         return self.bits is not None and not self.dense
 
     @property
+    def joint(self) -> bool:
+        """Whether the codes are learned together with those of other layers of the block."""
+        learned = self.bits is not None and self.density == 1
+        return learned and self.quantizer.learns is not None and self.quantizer.unit == "block"
+
+    @property
     def rounding(self) -> Scheme | Literal[""]:
         """How the layer's input is rounded: as the plan says, or as its quantizer does."""
         return "" if self.bits is None else self.activation or self.quantizer.activates

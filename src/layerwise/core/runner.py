@@ -30,6 +30,10 @@ from layerwise.core.structure import Structure, block_of
 _Collecting = TypeVar("_Collecting", Collector, GradientCollector)
 
 
+# What a block answers to a batch, with some tensors of the source, by name, for its own.
+BlockAnswer = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
 class _Stop(Exception):  # noqa: N818
     """The stand-in of the first block has what it wants."""
 
@@ -222,6 +226,32 @@ class Runner:
                 )
             # Yielded outside: a generator left half-way must not hold the caller's modes.
             yield _first(outcome).cpu()
+
+    def answering(self, block: str, changed: Mapping[str, Tensor]) -> BlockAnswer:
+        """What a block answers to a batch, as a function of some of its layers' weights.
+
+        Args:
+            block: One of `blocks`.
+            changed: Tensors of the source, by name, that are to be used instead.
+
+        Returns:
+            A function of a batch of what the block sees, and of tensors of the source by name:
+            those of layers, in the shape they have there.  It passes gradients on.
+        """
+        parameters = self._parameters(block, changed=changed)
+        module, args, kwargs = self._called(block)
+        path = self._module_path(block)
+        inside = {
+            parts[0]: parameter.removeprefix(f"{path}.")
+            for parameter, parts in self._names.tensors.items()
+            if len(parts) == 1
+        }
+
+        def answer(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            given = parameters | {inside[name]: value for name, value in weights.items()}
+            return _first(functional_call(module, given, (hidden.to(self.device), *args), kwargs))
+
+        return answer
 
     def backward(
         self,
