@@ -1,0 +1,177 @@
+"""What runs were foreseen to take, against what they took: memory and disk, over many sizes.
+
+    LAYERWISE_ASSETS=../shared/assets python benchmarks/memory.py
+
+Random Llamas of many sizes, `builtin:tiny` and, where they are, models of the assets; each
+`layerwise compress` is a process of its own, with a cache of its own.  The forecast is what the run
+said before it started; the peak of memory is the kernel's count when the process has ended, that of
+disk the most that the staging folder held.  Words after the command choose among the rows: those
+that hold all of them are run.  The table is also written to TABLE, line by line.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE = Path(tempfile.gettempdir()) / "layerwise-memory.md"
+ALLOWED = 0.15
+# Hidden size, size of the MLP, blocks, vocabulary, dtype.
+SIZES = (
+    (128, 384, 12, 256, "float32"),
+    (256, 704, 4, 4096, "bfloat16"),
+    (384, 1024, 8, 32000, "float32"),
+    (512, 1536, 6, 32000, "bfloat16"),
+    (768, 2048, 4, 8192, "float32"),
+    (1024, 2816, 3, 32000, "bfloat16"),
+    (1536, 4096, 2, 256, "float32"),
+    (1536, 4096, 2, 32000, "bfloat16"),
+)
+ASSETS = {
+    "stories-char-940k": "text/tinystories/train_stories.json",
+    "reference-6m": "text/wikitext2/valid.txt",
+}
+FORMATS = ("dense", "compressed-tensors", "layerwise", "gguf")
+GRID = ("--group", "32", "--symmetric")
+CALIBRATED = ("--samples", "24", "--length", "128", "--text-samples", "8")
+METHODS = {
+    "rtn": ("--bits", "4", "--proof", "none"),
+    "gptq": ("--bits", "4", "--method", "gptq", *CALIBRATED),
+    "sparse": (
+        *("--bits", "4", "--method", "gptq", "--density", "0.5", "--pruner", "sparsegpt"),
+        *CALIBRATED,
+    ),
+    "budget": ("--budget", "4.5bits", "--allow", "bits=3,4,8", *CALIBRATED),
+}
+
+
+_NOWHERE = subprocess.DEVNULL
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run; a model without a path is made."""
+
+    model: str
+    path: str
+    text: str
+    method: str
+    format: str
+
+    @property
+    def words(self) -> str:
+        """What it is chosen by."""
+        return f"{self.model} {self.method} {self.format}"
+
+
+def main() -> None:
+    """Print one line per run, and say how far the farthest is off."""
+    # This process stays small: the kernel counts what a child inherits as the child's.
+    rows = [row for row in _rows() if all(word in row.words for word in sys.argv[1:])]
+    lines = [
+        "| model | method | format | memory foreseen, MB | held, MB | ratio "
+        "| disk foreseen, MB | held, MB | ratio |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    print("\n".join(lines))
+    ratios: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            line, ratio = _run(row, Path(folder))
+            print(line, flush=True)
+            lines.append(line)
+            ratios.append(ratio)
+            TABLE.write_text("\n".join(lines) + "\n")
+    within = sum(abs(ratio - 1) <= ALLOWED for ratio in ratios)
+    print(
+        f"\n{within} of {len(ratios)} within {ALLOWED:.0%}; "
+        f"ratios from {min(ratios):.3f} to {max(ratios):.3f}"
+    )
+
+
+def _rows() -> Iterator[Row]:
+    """Every model with every method, the formats in turn."""
+    models = [(_name(size), "", "builtin") for size in SIZES]
+    models.append(("builtin:tiny", "builtin:tiny", "builtin"))
+    if assets := os.environ.get("LAYERWISE_ASSETS"):
+        models += [(n, f"{assets}/models/{n}", f"{assets}/{text}") for n, text in ASSETS.items()]
+    for place, (name, path, text) in enumerate(models):
+        for turn, method in enumerate(METHODS):
+            yield Row(name, path, text, method, FORMATS[(place + turn) % len(FORMATS)])
+
+
+def _name(size: tuple[int, int, int, int, str]) -> str:
+    hidden, _, blocks, vocabulary, dtype = size
+    return f"{hidden}x{blocks}, {vocabulary}, {dtype}"
+
+
+def _run(row: Row, place: Path) -> tuple[str, float]:
+    path = row.path or str(place / row.model)
+    if not Path(path).exists() and not row.path:
+        subprocess.run([sys.executable, __file__, "--make", path], check=True, stderr=_NOWHERE)
+    out, cache = place / "out", place / "cache"
+    for folder in (out, cache):
+        shutil.rmtree(folder, ignore_errors=True)
+    calibrated = () if row.method == "rtn" else ("--calibration", row.text)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "layerwise", "compress", path, "-o", str(out)),
+            *("--format", row.format, "--device", "cpu", *GRID[2 * (row.format == "gguf") :]),
+            *(*METHODS[row.method], *calibrated),
+        ],
+        env=os.environ | {"LAYERWISE_CACHE": str(cache)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    told = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{row.words} failed:\n{told}")
+    report = json.loads((out / "report.json").read_text())
+    foreseen, held = report["forecast"]["peak_bytes"], used.ru_maxrss * 1024
+    disk, most = report["forecast"]["disk_bytes"], report["disk_bytes"]
+    return (
+        f"| {row.model} | {row.method} | {row.format} | {foreseen / 1e6:.0f} | {held / 1e6:.0f} "
+        f"| {foreseen / held:.3f} | {disk / 1e6:.2f} | {most / 1e6:.2f} | {disk / most:.3f} |",
+        foreseen / held,
+    )
+
+
+def make(folder: Path) -> None:
+    """Write a random Llama with a tokenizer of bytes."""
+    import tokenizers
+    import torch
+    import transformers
+
+    hidden, inner, blocks, vocabulary, dtype = next(
+        size for size in SIZES if _name(size) == folder.name
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, [])
+    tokenizer = tokenizers.Tokenizer(tokens)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[2])) if sys.argv[1:2] == ["--make"] else main()
