@@ -46,7 +46,7 @@ METHODS = {
         *("--bits", "4", "--method", "gptq", "--density", "0.5", "--pruner", "sparsegpt"),
         *CALIBRATED,
     ),
-    "budget": ("--budget", "4.5bits", "--allow", "bits=3,4,8", *CALIBRATED),
+    "budget": ("--budget", "6bits", "--allow", "bits=4,8", *CALIBRATED),
 }
 
 
