@@ -23,13 +23,13 @@ TABLE = Path(tempfile.gettempdir()) / "layerwise-memory.md"
 ALLOWED = 0.15
 # Hidden size, size of the MLP, blocks, vocabulary, dtype.
 SIZES = (
-    (128, 384, 12, 256, "float32"),
+    (128, 384, 12, 512, "float32"),
     (256, 704, 4, 4096, "bfloat16"),
     (384, 1024, 8, 32000, "float32"),
     (512, 1536, 6, 32000, "bfloat16"),
     (768, 2048, 4, 8192, "float32"),
     (1024, 2816, 3, 32000, "bfloat16"),
-    (1536, 4096, 2, 256, "float32"),
+    (1536, 4096, 2, 512, "float32"),
     (1536, 4096, 2, 32000, "bfloat16"),
 )
 ASSETS = {
@@ -38,7 +38,7 @@ ASSETS = {
 }
 FORMATS = ("dense", "compressed-tensors", "layerwise", "gguf")
 GRID = ("--group", "32", "--symmetric")
-CALIBRATED = ("--samples", "24", "--length", "128", "--text-samples", "8")
+CALIBRATED = ("--samples", "16", "--length", "128", "--text-samples", "8")
 METHODS = {
     "rtn": ("--bits", "4", "--proof", "none"),
     "gptq": ("--bits", "4", "--method", "gptq", *CALIBRATED),
@@ -144,10 +144,12 @@ def _run(row: Row, place: Path) -> tuple[str, float]:
 
 
 def make(folder: Path) -> None:
-    """Write a random Llama with a tokenizer of bytes."""
+    """Write a random Llama, with a tokenizer of the built-in text."""
     import tokenizers
     import torch
     import transformers
+
+    from layerwise import builtin
 
     hidden, inner, blocks, vocabulary, dtype = next(
         size for size in SIZES if _name(size) == folder.name
@@ -165,11 +167,14 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, [])
-    tokenizer = tokenizers.Tokenizer(tokens)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train([str(builtin.text_path("calibration"))], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -166,7 +166,7 @@ class Foresight:
         told = memory.resident_bytes()
         memory.settle()
         self._base = memory.resident_bytes() + memory.GAPS_BYTES
-        self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
+        self._sampled = max((sample.held for sample in self._samples.values()), default=0)
         self._sampled += max(0, told - self._base)
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
@@ -343,7 +343,7 @@ class _Passing:
         self.block = max(runner.blocks, key=runner.block_bytes)
         hidden = runner.start(first)
         self.window = 0 if runner.whole else hidden.numel() * hidden.element_size()
-        nothing = Sample(0, 0.0)
+        nothing = Sample(0, 0.0, 0)
         self.embedding = nothing if runner.whole else sampled(lambda: [*runner.starting(first)])
         self.through = sampled(lambda: [*runner.carry(self.block, hidden, {})])
         self.ending = nothing
@@ -460,6 +460,7 @@ class _Walking:
         if runner.whole:
             return self.states + self.kept_logits
         batch = windows_at_once(ids.shape[1], runner.vocabulary, self.economy.tokens)
+        batch = min(batch, len(ids))
         each = _FLOAT * ids.shape[1] * runner.vocabulary
         working = batch * max(self.passing.ending.bytes, int(each * self.passes.comparing))
         outer = runner.outer_bytes() * (1 + self.seen.around)
