@@ -240,7 +240,7 @@ class _Block:
             return self.states.get(CALIBRATION) if original is None else original.before(self.block)
 
         by_itself = self.held.economy.input_by_input
-        seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        seen = Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
         rows = self._transform(seen, candidates, changed)
@@ -260,7 +260,7 @@ class _Block:
             self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 
     def _transform(
-        self, seen: "_Seen", candidates: Candidates | None, changed: dict[str, Tensor]
+        self, seen: "Seen", candidates: Candidates | None, changed: dict[str, Tensor]
     ) -> list[LayerRow]:
         """Transform every layer and write it.
 
@@ -375,7 +375,7 @@ def gather(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
     Nothing is run before something is asked for.
@@ -385,7 +385,7 @@ class _Seen:
     block: str
     layers: Sequence[Layer]
     words: frozenset[str]
-    hidden: Callable[[], Activations | None]
+    hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
@@ -402,7 +402,8 @@ class _Seen:
         return self.all.get(reads, {})
 
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        return gather(self.runner, self.block, layers, self.words, self.hidden())
+        hidden = self.hidden() if callable(self.hidden) else self.hidden
+        return gather(self.runner, self.block, layers, self.words, hidden)
 
 
 def _transform_group(
@@ -410,7 +411,7 @@ def _transform_group(
     plan: Plan,
     group: Sequence[Layer],
     folded: Mapping[str, Tensor],
-    seen: _Seen,
+    seen: Seen,
     candidates: Candidates | None,
 ) -> list[Transformed]:
     """Layers that read one input, made before or now."""

@@ -1,7 +1,7 @@
 """Look at every layer of a model without changing it: scores, and the error at each level."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from layerwise.core import catalogue
 from layerwise.core.apply import Made, Transformed, check_finite, transform
+from layerwise.core.activations import Activations, shelf
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer, Structure, by_input
-from layerwise.core.walk import gather
+from layerwise.core.walk import Seen
 from layerwise.flow.preparing import Prepared
 
 
@@ -50,6 +52,7 @@ def survey(
     options: Options,
     measures: Sequence[catalogue.Method] = (),
     candidates: Candidates | None = None,
+    economy: Economy = LAVISH,
     progress: Progress,
 ) -> Survey:
     """Score every layer, and try levels on it, on what it sees in the original model.
@@ -61,6 +64,7 @@ def survey(
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
         candidates: Where what levels make of layers is kept; what is there is not made again.
+        economy: What to hold on disk, and how much to take up at a time.
         progress: Is told of each block.
 
     Raises:
@@ -70,42 +74,50 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
-    known = _known(found, levels, options, candidates)
-    if not measures and all(
-        _missing(known.get(name), plans) == [] for name, plans in levels.items()
-    ):
+    known = known_losses(found, levels, options, candidates)
+    if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
-    of_layers = [m for m in measures if m.unit == "layer"]
     of_blocks = [m for m in measures if m.unit == "block"]
-    words = calibrated_words([*tried, *of_layers]) | ({"gram"} if levels else frozenset[str]())
+    look = _Look(
+        prepared.source,
+        levels,
+        options,
+        [m for m in measures if m.unit == "layer"],
+        candidates,
+        known,
+    )
+    words = look.words(tried)
     runs = runner is not None and calibration is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
-    hidden = runner.start(calibration) if runner and calibration is not None else None
-    losses: dict[str, Losses] = {}
     scores: dict[str, dict[str, float]] = {m.name: {} for m in measures}
-    for block in blocks:
-        layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
-        after = None
-        evidence: Mapping[str, Mapping[str, Any]] = {}
-        if runner and hidden is not None:
-            evidence = gather(runner, block, layers, words, hidden)
-            after = runner.forward(block, hidden, {})
-        weights = {layer.name: _weight(prepared.source, layer) for layer in layers}
-        for method in of_blocks:
-            given = _block_evidence(method, list(weights.values()), hidden, after)
-            value = float(method.run(**given))
-            scores[method.name] |= dict.fromkeys(weights, value)
-        for reads, group in by_input(layers).items():
-            trial = _Trial(
-                group, [weights[one.name] for one in group], evidence.get(reads, {}), options, {}
-            )
-            for method in of_layers:
-                scores[method.name] |= trial.scores(method, levels)
-            losses |= trial.losses(levels, known, candidates)
-        hidden = after
-        progress.step(block)
-    return Survey(levels, losses, scores)
+    folder = candidates.cache.folder if candidates else None
+    with shelf(economy.on_disk, folder) as kept:
+        hidden: Activations | None = None
+        if runner and calibration is not None:
+            runner = runner.running(economy.tokens)
+            hidden = kept.keep("start", runner.starting(calibration), len(calibration))
+        for number, block in enumerate(blocks):
+            layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
+            seen = None
+            if runner and hidden is not None:
+                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input)
+            for group in by_input(layers).values():
+                look.at(group, seen, scores)
+            del seen  # before activations are carried on
+            after = None
+            if runner and hidden is not None and (of_blocks or block != blocks[-1]):
+                # What a measure compares with what comes out may not be overwritten.
+                into = None if of_blocks else hidden
+                parts = runner.carry(block, hidden, {})
+                after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
+            for method in of_blocks:
+                given = _block_evidence(method, prepared.source, layers, hidden, after)
+                value = float(method.run(**given))
+                scores[method.name] |= {layer.name: value for layer in layers}
+            hidden = after
+            progress.step(block)
+    return Survey(levels, look.losses, scores)
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
@@ -124,7 +136,7 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
         )
 
 
-def _known(
+def known_losses(
     found: Structure,
     levels: Mapping[str, Sequence[LayerPlan]],
     options: Options,
@@ -140,6 +152,14 @@ def _known(
     return {name: losses for name, losses in kept.items() if losses is not None}
 
 
+def missing(
+    known: Mapping[str, Losses], levels: Mapping[str, Sequence[LayerPlan]]
+) -> dict[str, list[LayerPlan]]:
+    """The levels whose losses are not known, by layer; no layer of which all are."""
+    left = {name: _missing(known.get(name), plans) for name, plans in levels.items()}
+    return {name: works for name, works in left.items() if works}
+
+
 def _missing(losses: Losses | None, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The plans whose losses are not known, each once and without its reasons."""
     works = dict.fromkeys(plan.work for plan in plans)
@@ -147,7 +167,40 @@ def _missing(losses: Losses | None, plans: Sequence[LayerPlan]) -> list[LayerPla
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Look:
+    """What is to be found out about layers, and what is known of them by now."""
+
+    source: Source
+    levels: Mapping[str, Sequence[LayerPlan]]
+    options: Options
+    measures: Sequence[catalogue.Method]
+    candidates: Candidates | None
+    known: Mapping[str, Losses]
+    losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
+
+    def words(self, tried: Sequence[catalogue.Method]) -> frozenset[str]:
+        """The evidence of calibration that it takes: an error is one of the layer's output."""
+        gram = frozenset({"gram"}) if self.levels else frozenset[str]()
+        return calibrated_words([*tried, *self.measures]) | gram
+
+    def at(
+        self, group: Sequence[Layer], seen: Seen | None, scores: Mapping[str, dict[str, float]]
+    ) -> None:
+        """Look at layers that read one input, unless all is known of them."""
+        asked = {one.name: self.levels.get(one.name, ()) for one in group}
+        if not self.measures and not missing(self.known, asked):
+            self.losses.update({n: self.known[n] for n in asked if n in self.known})
+            return
+        evidence = {} if seen is None else seen.of(group)
+        weights = [_weight(self.source, layer) for layer in group]
+        trial = Trial(group, weights, evidence, self.options, {})
+        for method in self.measures:
+            scores[method.name] |= trial.scores(method, self.levels)
+        self.losses.update(trial.losses(self.levels, self.known, self.candidates))
+
+
+@dataclass(frozen=True)
+class Trial:
     """Layers that read one input, their weights, and what was seen of the input."""
 
     group: Sequence[Layer]
@@ -164,19 +217,19 @@ class _Trial:
     ) -> dict[str, Losses]:
         """What each level costs each layer; what was not known is made, and kept."""
         found = {one.name: known[one.name] for one in self.group if one.name in known}
-        missing = {
+        asked = {
             one.name: _missing(found.get(one.name), levels.get(one.name, ())) for one in self.group
         }
-        works = {work for plans in missing.values() for work in plans}
+        works = {work for plans in asked.values() for work in plans}
         for work in self._in_order(works):
-            members = [n for n, one in enumerate(self.group) if work in missing[one.name]]
+            members = [n for n, one in enumerate(self.group) if work in asked[one.name]]
             for done in self._transformed(members, [work] * len(members)):
                 found[done.layer.name] = Losses.of(done).joined(found.get(done.layer.name))
                 if candidates is not None:
                     candidates.keep(done, self.options)
         if candidates is not None:
             for layer in self.group:
-                if missing[layer.name]:
+                if asked[layer.name]:
                     candidates.keep_losses(layer, found[layer.name], self.options)
         return found
 
@@ -246,10 +299,19 @@ def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
 
 
 def _block_evidence(
-    method: catalogue.Method, weights: list[Tensor], hidden: Tensor | None, after: Tensor | None
+    method: catalogue.Method,
+    source: Source,
+    layers: Sequence[Layer],
+    hidden: Activations | None,
+    after: Activations | None,
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {"weights": weights}
+    made: dict[str, Any] = {}
+    if "weights" in method.evidence:
+        made["weights"] = [_weight(source, layer) for layer in layers]
     if hidden is not None and after is not None:
-        made["inputs"] = hidden.flatten(0, -2)
-        made["outputs"] = after.flatten(0, -2)
-    return {word: made[word] for word in method.evidence}
+        made |= {
+            word: states[:].flatten(0, -2)
+            for word, states in (("inputs", hidden), ("outputs", after))
+            if word in method.evidence
+        }
+    return made
