@@ -1,27 +1,41 @@
 """What a run will take, and how it keeps within a limit: both before it starts."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from layerwise import export
+from layerwise.core import memory
+from layerwise.core.candidates import Candidates
 from layerwise.core.economy import LAVISH, Economy, memory_limit, shown
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import LOAD_BACK, Forecast, Foresight, Passes
+from layerwise.core.forecast import LOAD_BACK, Forecast, Foresight, Outlook, Passes
 from layerwise.core.plan import Plan
 from layerwise.core.sample import sampled
 from layerwise.core.text import Windows
 from layerwise.evaluate.text import compare
+from layerwise.flow.foreseeing import Looking, SearchForesight
 from layerwise.flow.preparing import PROOF_WINDOWS, Prepared
 
 # Beside the tensors that a forecast counts, libraries hold buffers and the allocator leaves gaps.
 _MARGIN = 1.05
 _TOKENS, _VOCABULARY = 64, 512  # of a comparison whose memory is looked at
+_Outlook = TypeVar("_Outlook", bound=Outlook)
 # Activations in the original and in the transformed model, in float32.
 _STATES = 2
 
 
-def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> Foresight:
+def foresight(
+    prepared: Prepared,
+    plan: Plan,
+    size: int,
+    *,
+    apart: int = 0,
+    before: int | None = None,
+    candidates: Candidates | None = None,
+) -> Foresight:
     """Measure what carrying out a plan takes, if its output has this size in bytes.
 
     Args:
@@ -29,8 +43,12 @@ def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> F
         plan: What will be done.
         size: Bytes of the output's weight files.
         apart: Windows with which each layer is looked at alone afterwards.
+        before: The most memory that was held, or foreseen, before the run; None for what was held.
+        candidates: What is kept of layers: where all are, no calibration is needed.
     """
     calibration, heldout = prepared.calibration, prepared.heldout
+    if candidates is not None and _kept(prepared, plan, candidates):
+        calibration = None
     passes = None
     if prepared.runner is not None and (calibration or heldout):
         passes = Passes(
@@ -39,7 +57,7 @@ def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> F
             heldout=heldout.ids if heldout else None,
             states=_STATES,
             proof=min(PROOF_WINDOWS, len(heldout.ids)) if heldout else 0,
-            comparing=_comparing(prepared.noise_floor) if heldout else 0.0,
+            comparing=comparing(prepared.noise_floor) if heldout else 0.0,
             floor=prepared.noise_floor,
             apart=min(apart, len(heldout.ids)) if heldout else 0,
         )
@@ -51,10 +69,37 @@ def foresight(prepared: Prepared, plan: Plan, size: int, *, apart: int = 0) -> F
         size=size,
         beside=sum(file.stat().st_size for file in prepared.source.companions),
         passes=passes,
+        before=memory.peak_bytes() if before is None else before,
     )
 
 
-def _comparing(floor: bool) -> float:
+def _kept(prepared: Prepared, plan: Plan, candidates: Candidates) -> bool:
+    """Whether every layer of a plan was made before."""
+    layers = prepared.found.layers
+    return prepared.heldout is not None and all(
+        not one.steps
+        or (plan.inputs == "original" and candidates.has(layers[name], one, plan.options))
+        for name, one in plan.layers.items()
+    )
+
+
+def search_foresight(prepared: Prepared, looking: Looking) -> SearchForesight:
+    """Measure what looking for a plan takes."""
+    calibration, heldout = prepared.calibration, prepared.heldout
+    passes = None
+    if prepared.runner is not None and (calibration or heldout):
+        passes = Passes(
+            runner=prepared.runner,
+            calibration=calibration.ids if calibration else None,
+            heldout=heldout.ids if heldout else None,
+            states=_STATES,
+            proof=0,
+            comparing=0.0,
+        )
+    return SearchForesight(prepared, looking, passes)
+
+
+def comparing(floor: bool) -> float:
     """Bytes that a comparison holds for each logit."""
     windows = Windows(torch.zeros(1, _TOKENS, dtype=torch.long), "")
 
@@ -71,12 +116,31 @@ def promised(seen: Foresight, limit: str) -> tuple[Economy, Forecast]:
     Raises:
         UserError: It cannot be kept; the message names the least that can.
     """
-    foreseen = seen.forecast()
+    return _fitting(seen.forecast, seen.economies(), limit, "the run")
+
+
+def promised_search(seen: SearchForesight, limit: str) -> tuple[Economy, Outlook]:
+    """The same of looking for a plan."""
+    return _fitting(seen.forecast, seen.economies(), limit, "looking for a plan")
+
+
+def _fitting(
+    forecast: Callable[[Economy], _Outlook],
+    economies: Sequence[Economy],
+    limit: str,
+    work: str,
+) -> tuple[Economy, _Outlook]:
+    """The first economy that keeps a limit.
+
+    Raises:
+        UserError: None does.
+    """
+    foreseen = forecast(LAVISH)
     if not limit:
         return LAVISH, foreseen
     most = memory_limit(limit)
-    for economy in seen.economies():
-        foreseen = seen.forecast(economy)
+    for economy in economies:
+        foreseen = forecast(economy)
         if _needed(foreseen) <= most:
             return economy, foreseen
     least, proof = _needed(foreseen), ""
@@ -84,12 +148,12 @@ def promised(seen: Foresight, limit: str) -> tuple[Economy, Forecast]:
         rest = _needed(foreseen, without=LOAD_BACK)
         proof = f" Without the proof it needs {shown(rest)}: --proof none --max-memory that."
     raise UserError(
-        f"the run needs at least {shown(least)} of memory, and {limit} is allowed: "
+        f"{work} needs at least {shown(least)} of memory, and {limit} is allowed: "
         f"{foreseen.fullest} takes that much.",
         f"Give --max-memory {shown(least)} or more.{proof}",
     )
 
 
-def _needed(foreseen: Forecast, without: frozenset[str] = frozenset()) -> int:
+def _needed(foreseen: Outlook, without: frozenset[str] = frozenset()) -> int:
     held = [size for stage, size in foreseen.stages.items() if stage not in without]
     return math.ceil(_MARGIN * max(held))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import Made, Transformed, check_finite, transform
 from layerwise.core.activations import Activations, shelf
+from layerwise.core.apply import Made, Transformed, check_finite, transform
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
@@ -184,7 +184,7 @@ class _Look:
         return calibrated_words([*tried, *self.measures]) | gram
 
     def at(
-        self, group: Sequence[Layer], seen: Seen | None, scores: Mapping[str, dict[str, float]]
+        self, group: Sequence[Layer], seen: Seen | None, scores: dict[str, dict[str, float]]
     ) -> None:
         """Look at layers that read one input, unless all is known of them."""
         asked = {one.name: self.levels.get(one.name, ()) for one in group}
