@@ -12,9 +12,9 @@ from layerwise.core import catalogue
 from layerwise.core.activations import Shelf, shelf
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Source
-from layerwise.core.economy import LAVISH
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import Outlook
+from layerwise.core.forecast import Foresight, Outlook
 from layerwise.core.outcome import Candidate
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
@@ -28,6 +28,7 @@ from layerwise.flow.probing import Probe
 from layerwise.flow.promising import (
     comparing,
     foresight,
+    least,
     promised,
     promised_search,
     search_foresight,
@@ -67,6 +68,7 @@ def make_plan(
     candidates: Candidates,
     progress: Progress,
     max_memory: str = "",
+    economy: Economy | None = None,
 ) -> Planned:
     """Turn a wish into a plan.
 
@@ -76,6 +78,7 @@ def make_plan(
         candidates: Where what levels make of layers is kept.
         progress: Is told of the stages.
         max_memory: The most memory that looking for the plan, or carrying it out, may hold.
+        economy: How to look for it, where that is settled; nothing is foreseen then.
 
     Raises:
         UserError: The wish asks for nothing, for less than the lowest levels take, or for a level
@@ -100,16 +103,12 @@ def make_plan(
     measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
     levels = _levels(market, allocator, measures)
     weights = sensitivity.chosen(wish, prepared) if "errors" in allocator.evidence else ""
-    economy, foreseen = LAVISH, None
-    looking = _looking(prepared, wish, levels, measures, weights, candidates)
-    if not looking.nothing:
-        economy, foreseen = promised_search(search_foresight(prepared, looking), max_memory)
-        progress.tell(
-            f"forecast of looking for a plan: about {foreseen.seconds:.0f} s, "
-            f"{foreseen.peak_bytes / 1e6:.2f} MB of memory at most ({foreseen.fullest})"
-        )
-    if max_memory:
-        _check_run(prepared, wish, market, max_memory)
+    foreseen = None
+    if economy is None:
+        # Both are refused before any work is lost: looking for the plan, and carrying it out.
+        afterwards = _largest(prepared, wish, market) if max_memory else None
+        looking = looking_for(prepared, wish, levels, measures, weights, candidates)
+        economy, foreseen = _promised(prepared, looking, progress, max_memory, afterwards)
     if prepared.runner is not None:
         prepared = replace(prepared, runner=prepared.runner.running(economy.tokens))
     looked = Survey({}, {}, {})
@@ -150,7 +149,30 @@ def _levels(
     return {name: plans[: int(comparing)] for name, plans in levels.items()}
 
 
-def _looking(
+def _promised(
+    prepared: Prepared,
+    looking: Looking,
+    progress: Progress,
+    limit: str,
+    afterwards: Foresight | None,
+) -> tuple[Economy, Outlook | None]:
+    """How a plan is looked for, and what that takes; None if there is nothing to look at."""
+    economy, foreseen = LAVISH, None
+    if not looking.nothing:
+        rest = 0 if afterwards is None else least(afterwards)
+        economy, foreseen = promised_search(search_foresight(prepared, looking), limit, rest)
+    if afterwards is not None:
+        promised(afterwards, limit)
+    if foreseen is None:
+        return economy, None
+    progress.tell(
+        f"forecast of looking for a plan: about {foreseen.seconds:.0f} s, "
+        f"{foreseen.peak_bytes / 1e6:.2f} MB of memory at most ({foreseen.fullest})"
+    )
+    return economy, foreseen
+
+
+def looking_for(
     prepared: Prepared,
     wish: Wish,
     levels: Mapping[str, Sequence[LayerPlan]],
@@ -182,12 +204,8 @@ def _looking(
     )
 
 
-def _check_run(prepared: Prepared, wish: Wish, market: Market, limit: str) -> None:
-    """Refuse a limit that carrying out the largest plan would not keep, before any work is lost.
-
-    Raises:
-        UserError: It names the least that would.
-    """
+def _largest(prepared: Prepared, wish: Wish, market: Market) -> Foresight:
+    """What carrying out the largest plan takes."""
     largest = {
         name: next((plan for plan in reversed(plans) if plan.steps), plans[-1])
         for name, plans in market.by_layer().items()
@@ -195,7 +213,7 @@ def _check_run(prepared: Prepared, wish: Wish, market: Market, limit: str) -> No
     ordered = {name: largest[name] for name in prepared.found.layers}
     inputs = wish.inputs or "original"
     plan = Plan(ordered, wish.format, wish.options, inputs=inputs, server=wish.server)
-    promised(foresight(prepared, plan, check(prepared, plan).size), limit)
+    return foresight(prepared, plan, check(prepared, plan).size)
 
 
 @dataclass(frozen=True)

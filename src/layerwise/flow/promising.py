@@ -116,21 +116,36 @@ def promised(seen: Foresight, limit: str) -> tuple[Economy, Forecast]:
     Raises:
         UserError: It cannot be kept; the message names the least that can.
     """
-    return _fitting(seen.forecast, seen.economies(), limit, "the run")
+    return fitting(seen.forecast, seen.economies(), limit, "the run")
 
 
-def promised_search(seen: SearchForesight, limit: str) -> tuple[Economy, Outlook]:
-    """The same of looking for a plan."""
-    return _fitting(seen.forecast, seen.economies(), limit, "looking for a plan")
+def promised_search(
+    seen: SearchForesight, limit: str, afterwards: int = 0
+) -> tuple[Economy, Outlook]:
+    """The same of looking for a plan, which takes at least so much to carry out afterwards."""
+    return fitting(seen.forecast, seen.economies(), limit, "looking for a plan", afterwards)
 
 
-def _fitting(
+def least(seen: Foresight) -> int:
+    """The smallest limit that a run can keep."""
+    return _needed(seen.forecast(seen.economies()[-1]))
+
+
+def fitting(
     forecast: Callable[[Economy], _Outlook],
     economies: Sequence[Economy],
     limit: str,
     work: str,
+    afterwards: int = 0,
 ) -> tuple[Economy, _Outlook]:
-    """The first economy that keeps a limit.
+    """The first economy that keeps a limit, with what is foreseen of it.
+
+    Args:
+        forecast: Foresees some work.
+        economies: Ways to do it, each with less memory than the one before.
+        limit: The most memory that may be held; "" for no limit.
+        work: What it is called.
+        afterwards: What must be allowed for work that follows.
 
     Raises:
         UserError: None does.
@@ -143,14 +158,14 @@ def _fitting(
         foreseen = forecast(economy)
         if _needed(foreseen) <= most:
             return economy, foreseen
-    least, proof = _needed(foreseen), ""
+    needed, proof = _needed(foreseen), ""
     if foreseen.fullest in LOAD_BACK:
         rest = _needed(foreseen, without=LOAD_BACK)
         proof = f" Without the proof it needs {shown(rest)}: --proof none --max-memory that."
     raise UserError(
-        f"{work} needs at least {shown(least)} of memory, and {limit} is allowed: "
+        f"{work} needs at least {shown(needed)} of memory, and {limit} is allowed: "
         f"{foreseen.fullest} takes that much.",
-        f"Give --max-memory {shown(least)} or more.{proof}",
+        f"Give --max-memory {shown(max(needed, afterwards))} or more.{proof}",
     )
 
 
