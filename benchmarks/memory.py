@@ -1,16 +1,20 @@
 """What runs were foreseen to take, against what they took: memory and disk, over many sizes.
 
     LAYERWISE_ASSETS=../shared/assets python benchmarks/memory.py
+    LAYERWISE_ASSETS=../shared/assets python benchmarks/memory.py --max-memory 8192
 
 Random Llamas of many sizes, `builtin:tiny` and, where they are, models of the assets; each
 `layerwise compress` is a process of its own, with a cache of its own.  The forecast is what the run
 said before it started; the peak of memory is the kernel's count when the process has ended, that of
 disk the most that the staging folder held.  Words after the command choose among the rows: those
-that hold all of them are run.  The table is also written to TABLE, line by line.
+that hold all of them are run.  With `--max-memory` each run is refused a limit of 1 MiB first, and
+is then given the one that the refusal names as the smallest.  The table is also written to TABLE,
+line by line.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +55,7 @@ METHODS = {
 
 
 _NOWHERE = subprocess.DEVNULL
+_LIMIT = "--max-memory"
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,24 @@ class Row:
 def main() -> None:
     """Print one line per run, and say how far the farthest is off."""
     # This process stays small: the kernel counts what a child inherits as the child's.
-    rows = [row for row in _rows() if all(word in row.words for word in sys.argv[1:])]
+    limited = _LIMIT in sys.argv
+    words = [word for word in sys.argv[1:] if word != _LIMIT]
+    columns = ["memory foreseen, MB", "held, MB", "ratio", "disk foreseen, MB", "held, MB", "ratio"]
+    if limited:
+        columns = ["held, MB", "smallest limit, MB", "ratio"]
     lines = [
-        "| model | method | format | memory foreseen, MB | held, MB | ratio "
-        "| disk foreseen, MB | held, MB | ratio |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| model | method | format | {' | '.join(columns)} |",
+        f"|---|---|---|{'---:|' * len(columns)}",
     ]
     print("\n".join(lines))
     ratios: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in rows:
-            line, ratio = _run(row, Path(folder))
-            print(line, flush=True)
-            lines.append(line)
-            ratios.append(ratio)
+        for row in (row for row in _rows() if all(word in row.words for word in words)):
+            pairs = (_within if limited else _foreseen)(row, Path(folder))
+            figures = (f"{a / 1e6:.4g} | {b / 1e6:.4g} | {a / b:.3f}" for a, b in pairs)
+            lines.append(f"| {row.model} | {row.method} | {row.format} | {' | '.join(figures)} |")
+            print(lines[-1], flush=True)
+            ratios.append(pairs[0][0] / pairs[0][1])
             TABLE.write_text("\n".join(lines) + "\n")
     within = sum(abs(ratio - 1) <= ALLOWED for ratio in ratios)
     print(
@@ -110,7 +119,30 @@ def _name(size: tuple[int, int, int, int, str]) -> str:
     return f"{hidden}x{blocks}, {vocabulary}, {dtype}"
 
 
-def _run(row: Row, place: Path) -> tuple[str, float]:
+def _foreseen(row: Row, place: Path) -> list[tuple[int, int]]:
+    """Bytes of memory foreseen and held, and the same of disk."""
+    status, told, held = _run(row, place)
+    if status:
+        sys.exit(f"{row.words} failed:\n{told}")
+    report = json.loads((place / "out" / "report.json").read_text())
+    foreseen = report["forecast"]
+    return [(foreseen["peak_bytes"], held), (foreseen["disk_bytes"], report["disk_bytes"])]
+
+
+def _within(row: Row, place: Path) -> list[tuple[int, int]]:
+    """Bytes held, and the smallest limit that was said to allow them."""
+    _, told, _ = _run(row, place, _LIMIT, "1MiB")
+    named = re.search(rf"{_LIMIT} ([0-9.]+)(MiB|GiB) or more", told)
+    if not named:
+        sys.exit(f"{row.words} was not refused:\n{told}")
+    status, told, held = _run(row, place, _LIMIT, named[1] + named[2])
+    if status:
+        sys.exit(f"{row.words} failed:\n{told}")
+    return [(held, int(float(named[1]) * (1 << (20 if named[2] == "MiB" else 30))))]
+
+
+def _run(row: Row, place: Path, *more: str) -> tuple[int, str, int]:
+    """A run's exit status, what it said, and the most memory that the kernel counted."""
     path = row.path or str(place / row.model)
     if not Path(path).exists() and not row.path:
         subprocess.run([sys.executable, __file__, "--make", path], check=True, stderr=_NOWHERE)
@@ -122,7 +154,7 @@ def _run(row: Row, place: Path) -> tuple[str, float]:
         [
             *(sys.executable, "-m", "layerwise", "compress", path, "-o", str(out)),
             *("--format", row.format, "--device", "cpu", *GRID[2 * (row.format == "gguf") :]),
-            *(*METHODS[row.method], *calibrated),
+            *(*METHODS[row.method], *calibrated, *more),
         ],
         env=os.environ | {"LAYERWISE_CACHE": str(cache)},
         stderr=subprocess.PIPE,
@@ -131,16 +163,7 @@ def _run(row: Row, place: Path) -> tuple[str, float]:
     assert process.stderr is not None
     told = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{row.words} failed:\n{told}")
-    report = json.loads((out / "report.json").read_text())
-    foreseen, held = report["forecast"]["peak_bytes"], used.ru_maxrss * 1024
-    disk, most = report["forecast"]["disk_bytes"], report["disk_bytes"]
-    return (
-        f"| {row.model} | {row.method} | {row.format} | {foreseen / 1e6:.0f} | {held / 1e6:.0f} "
-        f"| {foreseen / held:.3f} | {disk / 1e6:.2f} | {most / 1e6:.2f} | {disk / most:.3f} |",
-        foreseen / held,
-    )
+    return status, told, used.ru_maxrss * 1024
 
 
 def make(folder: Path) -> None:
