@@ -26,10 +26,11 @@ from layerwise.core.walk import by_block, together
 
 _ENTRIES = 1 << 20  # of the largest sample
 _SIDE = 1024  # of the product that is timed
+_FEW_BYTES = 1 << 20  # of a slice whose encoding is measured
 _FLOAT = 4  # bytes
 _LOADING, _ANSWERING = "loading the files back", "running what was loaded"
 LOAD_BACK = frozenset({_LOADING, _ANSWERING})
-FORESEEING = "foreseeing the run"
+FORESEEING, COPYING = "foreseeing the run", "copying a tensor"
 _DISK_RATE = 1e9  # bytes per second, read or written
 
 
@@ -187,6 +188,7 @@ class Foresight:
         self.passes = passes
         self.before = before
         self._samples: dict[object, Sample] = {}
+        self._encodings: dict[object, float] = {}
         if passes is None:
             self._streamed = [self._slice(layer) for layer in self.planned()]
         else:
@@ -246,7 +248,28 @@ class Foresight:
             (work.bytes + (read if slices > 1 else 0) for _, slices, work in self._streamed),
             default=0,
         )
-        return {"copying a tensor": read, "transforming a layer": most}
+        return {COPYING: self.copying(economy), "transforming a layer": most}
+
+    def copying(self, economy: Economy) -> int:
+        """A slice of a tensor that no plan changes: in a mapping of its file, read, encoded."""
+        planned = {layer.tensor for layer in self.planned()}
+        rest = [info for info in self.source.tensors.values() if info.name not in planned]
+        slices = ((min(economy.read_bytes, info.size), self._encoding(info)) for info in rest)
+        return max((int(size * (2 + encoding)) for size, encoding in slices), default=0)
+
+    def _encoding(self, info: TensorInfo) -> float:
+        """Bytes that encoding such a tensor takes, for each of its own."""
+        kept = self.format.rest(info)
+        if kept is None or len(info.shape) < 2:
+            return 0.0
+        key = (kept.dtype, info.dtype, info.shape[1:])
+        if key not in self._encodings:
+            together = self.format.together(info)
+            few = max(1, _FEW_BYTES * info.shape[0] // info.size // together) * together
+            rows = torch.zeros(min(few, info.shape[0]), *info.shape[1:], dtype=info.dtype)
+            made = sampled(lambda: self.format.encode_rest(info, rows))
+            self._encodings[key] = made.bytes / rows.nbytes
+        return self._encodings[key]
 
     def _streaming_seconds(self) -> float:
         work = sum(slices * one.seconds for _, slices, one in self._streamed)
@@ -446,7 +469,10 @@ class _Walking:
 
     def stages(self) -> dict[str, int]:
         """Bytes that each stage holds beside what the process held before."""
-        made = {"running the embeddings": self.embeddings()}
+        made = {
+            "running the embeddings": self.embeddings(),
+            COPYING: self.states + self.seen.copying(self.economy),
+        }
         for groups in self.blocks:
             name = groups[0].layers[0].block
             for stage, held in self.in_block(name, groups).items():

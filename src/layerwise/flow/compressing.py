@@ -242,8 +242,8 @@ def _transform(
         return walked.rows, (), None
     around = restored_outside(runner, format)
     shown = heldout.ids[:PROOF_WINDOWS]
-    parts = runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around)
-    first = filled(parts, len(shown))
+    # A generator that is kept keeps the logits it gave last.
+    first = filled(runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around), len(shown))
     # Only a text is compared here: what else a model answers is proven, and no more.
     if runner.whole or first.dim() != 3:
         return walked.rows, (), first
@@ -253,6 +253,7 @@ def _transform(
 def _compare(
     runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
 ) -> list[Comparison]:
+    memory.settle()  # what the walk let go of
     outer = runner.outer()
     changed = None if around else outer
     results = [runner.logits(walked.heldout, heldout.ids, around, changed)]

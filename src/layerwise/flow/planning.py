@@ -162,7 +162,7 @@ def _promised(
         rest = 0 if afterwards is None else least(afterwards)
         economy, foreseen = promised_search(search_foresight(prepared, looking), limit, rest)
     if afterwards is not None:
-        promised(afterwards, limit)
+        promised(afterwards, limit, later=True)
     if foreseen is None:
         return economy, None
     progress.tell(

@@ -21,6 +21,9 @@ from layerwise.flow.preparing import PROOF_WINDOWS, Prepared
 
 # Beside the tensors that a forecast counts, libraries hold buffers and the allocator leaves gaps.
 _MARGIN = 1.05
+# What the process holds when it foresees a run moves by less than this from one time to the next:
+# a limit that is named must hold the next time too.
+_SWAY = memory.GAPS_BYTES
 _TOKENS, _VOCABULARY = 64, 512  # of a comparison whose memory is looked at
 _Outlook = TypeVar("_Outlook", bound=Outlook)
 # Activations in the original and in the transformed model, in float32.
@@ -110,25 +113,31 @@ def comparing(floor: bool) -> float:
     return sampled(work).bytes / (_TOKENS * _VOCABULARY * torch.float32.itemsize)
 
 
-def promised(seen: Foresight, limit: str) -> tuple[Economy, Forecast]:
+def promised(seen: Foresight, limit: str, *, later: bool = False) -> tuple[Economy, Forecast]:
     """How a run is carried out, and what it takes, within a limit of memory if there is one.
+
+    Args:
+        seen: What was measured of it.
+        limit: The most memory that may be held; "" for no limit.
+        later: Other work comes first, after which the same must be found again.
 
     Raises:
         UserError: It cannot be kept; the message names the least that can.
     """
-    return fitting(seen.forecast, seen.economies(), limit, "the run")
+    return fitting(seen.forecast, seen.economies(), limit, "the run", _SWAY if later else 0)
 
 
 def promised_search(
     seen: SearchForesight, limit: str, afterwards: int = 0
 ) -> tuple[Economy, Outlook]:
     """The same of looking for a plan, which takes at least so much to carry out afterwards."""
-    return fitting(seen.forecast, seen.economies(), limit, "looking for a plan", afterwards)
+    work = "looking for a plan"
+    return fitting(seen.forecast, seen.economies(), limit, work, afterwards=afterwards)
 
 
 def least(seen: Foresight) -> int:
     """The smallest limit that a run can keep."""
-    return _needed(seen.forecast(seen.economies()[-1]))
+    return _needed(seen.forecast(seen.economies()[-1])) + _SWAY
 
 
 def fitting(
@@ -136,6 +145,8 @@ def fitting(
     economies: Sequence[Economy],
     limit: str,
     work: str,
+    sway: int = 0,
+    *,
     afterwards: int = 0,
 ) -> tuple[Economy, _Outlook]:
     """The first economy that keeps a limit, with what is foreseen of it.
@@ -145,6 +156,7 @@ def fitting(
         economies: Ways to do it, each with less memory than the one before.
         limit: The most memory that may be held; "" for no limit.
         work: What it is called.
+        sway: What must be left over.
         afterwards: What must be allowed for work that follows.
 
     Raises:
@@ -156,11 +168,11 @@ def fitting(
     most = memory_limit(limit)
     for economy in economies:
         foreseen = forecast(economy)
-        if _needed(foreseen) <= most:
+        if _needed(foreseen) + sway <= most:
             return economy, foreseen
-    needed, proof = _needed(foreseen), ""
+    needed, proof = _needed(foreseen) + _SWAY, ""
     if foreseen.fullest in LOAD_BACK:
-        rest = _needed(foreseen, without=LOAD_BACK)
+        rest = _needed(foreseen, without=LOAD_BACK) + _SWAY
         proof = f" Without the proof it needs {shown(rest)}: --proof none --max-memory that."
     raise UserError(
         f"{work} needs at least {shown(needed)} of memory, and {limit} is allowed: "
