@@ -101,7 +101,7 @@ class SearchForesight:
         """Foresee the search."""
         stages = {FORESEEING: self._sampled}
         stages["trying levels of a layer"] = max((work.bytes for _, work in self.groups), default=0)
-        seconds = sum(work.seconds for _, work in self.groups)
+        seconds = sum((work.seconds for _, work in self.groups), 0.0)
         if self.passes is not None:
             running = _Running(self, self.passes, economy)
             stages |= running.stages()
