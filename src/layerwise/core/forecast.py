@@ -1,7 +1,8 @@
 """What a run will take, said before it starts: bytes, memory, time.
 
 Memory is foreseen as the most that any stage of a run holds: what the process holds before, plus
-named terms, each counted from shapes or measured on a sample.  `_Stages` is the whole model.
+named terms, each counted from shapes or measured on a sample.  `_Walking` is the model of a run
+block by block.
 """
 
 import math
@@ -260,7 +261,7 @@ class Foresight:
     def _encoding(self, info: TensorInfo) -> float:
         """Bytes that encoding such a tensor takes, for each of its own."""
         kept = self.format.rest(info)
-        if kept is None or len(info.shape) < 2:
+        if kept is None or not info.count or len(info.shape) < 2:
             return 0.0
         key = (kept.dtype, info.dtype, info.shape[1:])
         if key not in self._encodings:
