@@ -121,6 +121,7 @@ def plan(
     length: int = 256,
     text: Text | None = None,
     text_samples: int = 32,
+    max_memory: str = "",
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
@@ -137,6 +138,8 @@ def plan(
         length: Tokens per window.
         text: Text that a limit on the KL is to hold on.
         text_samples: Windows of it.
+        max_memory: The most memory that may be held now, or when the plan is carried out without
+            a proof, such as "4GiB"; "" for no limit.
         cache: Keep what is made of layers, so that another budget takes seconds.
         cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
@@ -145,7 +148,7 @@ def plan(
         wish: Fields of `Wish`: bits or budget, method, group, symmetric, density, rank …
 
     Raises:
-        UserError: The wish cannot be met.
+        UserError: The wish cannot be met, or not within `max_memory`.
     """
     wanted = Wish(**wish)
     opened = open(model)
@@ -162,7 +165,7 @@ def plan(
     )
     with caches.opened(cache_bytes, lasting=cache) as kept:
         candidates = candidates_of(prepared, kept)
-        made = make_plan(prepared, wanted, candidates, progress or Silent()).plan
+        made = make_plan(prepared, wanted, candidates, progress or Silent(), max_memory).plan
     check(prepared, made)
     return made
 
@@ -305,6 +308,7 @@ def sweep(
     text_samples: int = 32,
     processes: int = 1,
     ray: str = "",
+    max_memory: str = "",
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
@@ -332,6 +336,8 @@ def sweep(
         processes: Find points in so many processes.
         ray: Find them on the Ray cluster at this address; "auto" for the one that is there, or
             one of this machine alone.
+        max_memory: The most memory that all processes may hold together, such as "4GiB", or each
+            of them on a cluster; "" for no limit.
         cache: Keep what is made of layers for other runs.
         cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
@@ -365,6 +371,7 @@ def sweep(
             progress or Silent(),
             processes=processes,
             ray=ray,
+            max_memory=max_memory,
             recipe=recipe or {},
         )
         publish(found, target)

@@ -162,7 +162,7 @@ def _run_steps(
         rank = given.get("rank", 0) if method.nested else 0
         told = tuple(sorted(item for item in given.items() if not (rank and item[0] == "rank")))
         path = (*path, (id, told))
-        if method.verb == "quantize" and coded:
+        if method.verb == "quantize" and all(name in coded for name in names):
             made[path] = [coded[name] for name in names]
         if path not in made or (rank and made[path][0].rank < rank):
             made[path] = _run(method, names, weights, parts, evidence, given)

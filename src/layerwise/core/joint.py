@@ -57,7 +57,7 @@ def learned_together(
         ]
         shapes = [runner.source.tensors[layer.tensor].shape for layer in chosen]
         problem = BlockError(
-            runner.answering(block, changed),
+            runner.block_answer(block, changed),
             chosen,
             shapes,
             inputs,

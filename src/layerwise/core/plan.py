@@ -146,6 +146,15 @@ class Plan:
         return [catalogue.get(id) for id in sorted(ids)]
 
 
+def sampling(
+    plans: Iterable[LayerPlan], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Options with which to see what work takes: a step of learning holds what all of them do."""
+    learned = {p.quantizer.id for p in plans if p.bits is not None and p.quantizer.learns}
+    steps = {id: {"steps": 1} for id in learned}
+    return {id: {**options.get(id, {}), **steps.get(id, {})} for id in {*options, *steps}}
+
+
 def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
     """The evidence that calibration must gather for some layers."""
     layers = set(plans)

@@ -245,7 +245,7 @@ class _Block:
             return self.states.get(CALIBRATION)
 
         by_itself = self.held.economy.input_by_input
-        seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        seen = Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
         answers: dict[str, Answer] = {}
@@ -272,7 +272,7 @@ class _Block:
 
     def _transform(
         self,
-        seen: "_Seen",
+        seen: "Seen",
         original: _Original | None,
         candidates: Candidates | None,
         changed: dict[str, Tensor],
@@ -316,7 +316,7 @@ class _Block:
         self,
         group: Sequence[Layer],
         folded: Mapping[str, Tensor],
-        seen: "_Seen",
+        seen: "Seen",
         original: _Original,
         candidates: Candidates | None,
         changed: Mapping[str, Tensor],
@@ -332,7 +332,7 @@ class _Block:
         shown = {reads: seen.of(members) for reads, members in by_input(group).items()}
         evidence = [shown[layer.reads] for layer in group]
         weights = [_weight(source, layer, folded) for layer in group]
-        inputs, before = seen.hidden(), original.before(self.block)
+        inputs, before = seen.carried(), original.before(self.block)
         assert inputs is not None
         assert before is not None
         coded = learned_together(
@@ -444,7 +444,7 @@ def gather(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
     Nothing is run before something is asked for.
@@ -454,7 +454,7 @@ class _Seen:
     block: str
     layers: Sequence[Layer]
     words: frozenset[str]
-    hidden: Callable[[], Activations | None]
+    hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
@@ -470,8 +470,12 @@ class _Seen:
         self.last = reads
         return self.all.get(reads, {})
 
+    def carried(self) -> Activations | None:
+        """What the block itself sees of the calibration text."""
+        return self.hidden() if callable(self.hidden) else self.hidden
+
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        return gather(self.runner, self.block, layers, self.words, self.hidden())
+        return gather(self.runner, self.block, layers, self.words, self.carried())
 
 
 def _transform_group(
@@ -479,7 +483,7 @@ def _transform_group(
     plan: Plan,
     group: Sequence[Layer],
     folded: Mapping[str, Tensor],
-    seen: _Seen,
+    seen: Seen,
     candidates: Candidates | None,
 ) -> list[Transformed]:
     """Layers that read one input, made before or now."""
@@ -526,13 +530,17 @@ def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
 
 
 def joint(plan: Plan, layer: Layer, *, whole: bool) -> bool:
-    """Whether a layer's codes are learned with those of its whole block.
+    """Whether a layer's codes are learned with those of its whole block."""
+    return plan.layers[layer.name].joint and not alone(layer, whole=whole)
 
-    It is not where the model runs as a `whole`, nor if it is an expert: its matrix is a part of a
+
+def alone(layer: Layer, *, whole: bool) -> bool:
+    """Whether a layer's codes are learned by themselves, whatever the method.
+
+    So it is where the model runs as a `whole`, and if it is an expert: its matrix is a part of a
     tensor, and few tokens see it.
     """
-    expert = layer.expert is not None or "experts." in layer.name
-    return plan.layers[layer.name].joint and not expert and not whole
+    return whole or layer.expert is not None or "experts." in layer.name
 
 
 def together(layers: Sequence[Layer], plan: Plan, *, whole: bool) -> list[list[Layer]]:

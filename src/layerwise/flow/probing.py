@@ -1,6 +1,7 @@
 """The KL of a model under a plan, found without writing it: from the candidates of its layers."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core import catalogue
+from layerwise.core.activations import Activations, Shelf
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.errors import UserError
@@ -29,10 +31,17 @@ class Probe:
         options: Options of methods, by id.
         candidates: Has every layer under every plan that is asked for.
         ids: Token ids, (windows, length), or whatever the model takes a batch of.
+        shelf: Where activations lie between blocks.
     """
 
     def __init__(
-        self, prepared: Prepared, format: str, options: Options, candidates: Candidates, ids: Tensor
+        self,
+        prepared: Prepared,
+        format: str,
+        options: Options,
+        candidates: Candidates,
+        ids: Tensor,
+        shelf: Shelf = Shelf(),  # noqa: B008
     ) -> None:
         assert prepared.runner is not None
         self.runner = prepared.runner
@@ -42,30 +51,38 @@ class Probe:
         self.options = options
         self.candidates = candidates
         self.ids = ids
+        self.shelf = shelf
 
     def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
         """The model under a plan against the original; `windows` are those of `ids`."""
         before, after = self._carried(plans)
-        answered, original = (self.runner.logits(one, self.ids, {}) for one in (after, before))
+        outer = self.runner.outer()
+        answered, original = (
+            self.runner.logits(one, self.ids, {}, outer) for one in (after, before)
+        )
         return compare(windows, [answered], original)[0]
 
     def together(self, plans: Mapping[str, LayerPlan]) -> float:
         """KL from the original's answers to those of the model under a plan, in nats per token."""
-        return self._divergence(*self._carried(plans))
+        return self._divergence(*self._carried(plans), self.runner.outer())
 
-    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Tensor, Tensor]:
+    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Activations, Activations]:
         """The windows after the last block of the original, and of the model under a plan."""
-        before = after = self.runner.start(self.ids)
+        count = len(self.ids)
+        before, after = (
+            self.shelf.keep(name, self.runner.starting(self.ids), count)
+            for name in ("before", "after")
+        )
         for block in self.runner.blocks:
             changed: dict[str, Tensor] = {}
             answers: dict[str, Answer] = {}
             for name in self._inside(block):
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
-            before, after = (
-                self.runner.forward(block, before, {}),
-                self.runner.forward(block, after, changed, answers=answers),
-            )
+            parts = self.runner.carry(block, before, {})
+            before = self.shelf.keep("before", parts, count, before)
+            parts = self.runner.carry(block, after, changed, answers=answers)
+            after = self.shelf.keep("after", parts, count, after)
         return before, after
 
     def apart(self, plans: Mapping[str, LayerPlan], progress: Progress) -> dict[str, float]:
@@ -75,22 +92,34 @@ class Probe:
         changed before it, and once for each of its own layers.
         """
         progress.stage("probe", len(self.runner.blocks))
-        before = self.runner.start(self.ids)
-        carried: dict[str, Tensor] = {}
+        count = len(self.ids)
+        # The original's windows, and after them those of each layer that was changed so far.
+        carried = self.shelf.keep("carried", self.runner.starting(self.ids), count)
+        names: list[str] = []
         for block in self.runner.blocks:
-            fresh: dict[str, Tensor] = {}
-            for name in self._inside(block):
-                if plans[name].steps:
-                    changed: dict[str, Tensor] = {}
-                    answers: dict[str, Answer] = {}
-                    self._change(changed, answers, name, plans[name])
-                    fresh[name] = self.runner.forward(block, before, changed, answers=answers)
-            together = self.runner.forward(block, torch.cat([before, *carried.values()]), {})
-            before, *later = together.split(len(self.ids))
-            carried = dict(zip(carried, later, strict=True)) | fresh
+            fresh = [name for name in self._inside(block) if plans[name].steps]
+            parts = itertools.chain(
+                self.runner.carry(block, carried, {}),
+                *(self._with(name, plans[name], block, carried) for name in fresh),
+            )
+            names += fresh
+            carried = self.shelf.keep("carried", parts, count * (1 + len(names)))
             progress.step(block)
-        measured = {name: self._divergence(before, after) for name, after in carried.items()}
-        return {name: measured.get(name, 0.0) for name in plans}
+        outer, measured = self.runner.outer(), dict.fromkeys(plans, 0.0)
+        for number, name in enumerate(names, 1):
+            after = carried[count * number : count * (number + 1)]
+            measured[name] = self._divergence(carried[:count], after, outer)
+        return measured
+
+    def _with(
+        self, name: str, plan: LayerPlan, block: str, carried: Activations
+    ) -> Iterator[Tensor]:
+        """The original's windows through a block with one of its layers under a plan."""
+        changed: dict[str, Tensor] = {}
+        answers: dict[str, Answer] = {}
+        self._change(changed, answers, name, plan)
+        hidden = carried[: len(self.ids)]
+        yield from self.runner.carry(block, hidden, changed, answers=answers)
 
     def _inside(self, block: str) -> list[str]:
         whole = self.runner.whole
@@ -130,9 +159,11 @@ class Probe:
             return answer
         return lambda inputs: answer(inputs / scale.to(inputs.device))
 
-    def _divergence(self, before: Tensor, after: Tensor) -> float:
+    def _divergence(
+        self, before: Activations, after: Activations, outer: dict[str, Tensor]
+    ) -> float:
         total, count = 0.0, 0
-        logits = [self.runner.logits(hidden, self.ids, {}) for hidden in (before, after)]
+        logits = [self.runner.logits(hidden, self.ids, {}, outer) for hidden in (before, after)]
         for original, changed in zip(*logits, strict=True):
             p, q = (_scored(answer) for answer in (original, changed))
             divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
