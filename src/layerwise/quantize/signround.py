@@ -5,17 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.errors import UserError
-from layerwise.core.learning import Learned, Schedule, learned_alone, rounded
+from layerwise.core.learning import learned_alone, rounded
 from layerwise.core.results import Coded
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, pack, storable
+from layerwise.quantize._grid import by_group, check_grid, storable
+from layerwise.quantize._rounding import Shifted
 
-_LEAST_SHARE = 0.5  # of a range that is left to a grid
 
-
-class SignRound(Learned):
+class SignRound(Shifted):
     """A layer whose rounding is being learned; the arguments are those of `signround`."""
 
     def __init__(
@@ -30,50 +28,22 @@ class SignRound(Learned):
         batch: int = 8,
     ) -> None:
         check_grid(weight, bits, group)
-        if steps < 0 or batch < 1:
-            raise UserError(
-                f"steps is {steps}, batch is {batch}.", "Give 0 or more, and 1 or more."
-            )
-        self.width, self.bits, self.group, self.symmetric = weight.shape[1], bits, group, symmetric
-        self.schedule = Schedule(steps, batch, "sign", "linear")
-        self.rate = 1 / max(steps, 1)
-        self.grouped = by_group(weight, group)  # (out, groups, group)
-        self.low = self.grouped.amin(dim=-1).clamp(max=0)
-        self.high = self.grouped.amax(dim=-1).clamp(min=0)
-        self.shift = torch.zeros_like(self.grouped).requires_grad_()
-        self.shares = torch.ones(2, *self.low.shape).requires_grad_()
-
-    def parameters(self) -> dict[float, list[Tensor]]:
-        """The shift of each weight before it is rounded, and the share of each range."""
-        return {self.rate: [self.shift, self.shares]}
-
-    def settle(self) -> None:
-        """Shifts stay within half a step, shares within 1/2 and 1."""
-        with torch.no_grad():
-            self.shift.clamp_(-0.5, 0.5)
-            self.shares.clamp_(_LEAST_SHARE, 1.0)
-
-    def weight(self) -> Float[Tensor, "out in"]:
-        """What the present codes stand for."""
-        codes, scale, zero = self._parts()
-        values = (codes - zero[..., None]) * scale[..., None]
-        return values.flatten(1)[:, : self.width]
-
-    def coded(self) -> Coded:
-        """The present codes."""
-        with torch.no_grad():
-            codes, scale, zero = self._parts()
-        return pack(
-            codes.flatten(1),
-            scale,
-            zero,
-            width=self.width,
-            bits=self.bits,
-            group=self.group,
-            symmetric=self.symmetric,
+        grouped = by_group(weight, group)  # (out, groups, group)
+        self.low = grouped.amin(dim=-1).clamp(max=0)
+        self.high = grouped.amax(dim=-1).clamp(min=0)
+        super().__init__(
+            grouped,
+            weight.shape[1],
+            torch.ones(2, *self.low.shape),
+            bits=bits,
+            group=group,
+            symmetric=symmetric,
+            steps=steps,
+            batch=batch,
         )
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """The grid over the shares of the range on both sides of 0.0."""
         top = 2**self.bits - 1
         low, high = self.low * self.shares[0], self.high * self.shares[1]
         if self.symmetric:
@@ -82,12 +52,8 @@ class SignRound(Learned):
         wide = high / top - low / top
         scale = storable(wide.detach()) + (wide - wide.detach())
         if self.symmetric:
-            zero = torch.full_like(low, 2 ** (self.bits - 1))
-        else:
-            zero = rounded(-low / scale)
-        steps = self.grouped / scale[..., None] + self.shift
-        codes = (rounded(steps) + zero[..., None]).clamp(0, top)
-        return codes, scale, zero
+            return scale, torch.full_like(low, 2 ** (self.bits - 1))
+        return scale, rounded(-low / scale)
 
 
 @quantizer(
