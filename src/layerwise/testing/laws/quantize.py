@@ -131,7 +131,7 @@ def refuses_nonsense(method: Method) -> None:
         assert _refuses(method, spoilt), value
 
 
-def _quantize(method: Method, weight: Tensor, **options: Any) -> Quantized:
+def _quantize(method: Method, weight: Tensor, **options: Any) -> Any:
     # Evidence that a wrong weight would spoil is made from a sound one.
     given = dict(cases.evidence(method.evidence, weight.nan_to_num(0, 0, 0)))
     ordinary = {"bits": cases.width(method, 4)}
