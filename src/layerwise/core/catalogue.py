@@ -123,6 +123,7 @@ class Method:
     nested: bool = False
     stores: type[Coded] = Quantized
     activates: Scheme | Literal[""] = ""
+    settles: Callable[..., Mapping[str, Any]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -183,6 +184,7 @@ class Verb(Generic[R]):
         nested: bool = False,
         stores: type[Coded] = Quantized,
         activates: Scheme | Literal[""] = "",
+        settles: Callable[..., Mapping[str, Any]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -198,6 +200,9 @@ class Verb(Generic[R]):
             stores: What a quantizer returns, which says how its codes are stored.
             activates: How a quantizer rounds the inputs of its layers where the plan does not
                 say; some of them may have a scale for each token where others have one for all.
+            settles: What a quantizer makes of a plan when the plan is made, for layouts are known
+                before weights are read: takes the weight, (out, in), and every option, and returns
+                fields of the layer's plan, of which `why` says the reason.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -219,6 +224,7 @@ class Verb(Generic[R]):
                 nested,
                 stores,
                 activates,
+                settles,
             )
             self._check(method)
             _methods[method.id] = method

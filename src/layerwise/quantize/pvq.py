@@ -1,4 +1,4 @@
-"""PVQ: a group of weights as a direction of whole numbers whose magnitudes sum to K, and a length."""
+"""PVQ: a group of weights as a length and a direction, of whole numbers that are numbered."""
 
 import functools
 import math
