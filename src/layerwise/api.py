@@ -28,7 +28,7 @@ from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
-from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.wish import Wish
@@ -103,10 +103,11 @@ def measure(
     )
     for level in tried:
         check_level(prepared, wanted, level)
-    layers = opened.structure.layers.items()
+    found = opened.structure
+    even = [everywhere(level, found, opened.source, wanted.options) for level in tried]
     return survey(
         prepared,
-        {name: [for_layer(level, layer) for level in tried] for name, layer in layers},
+        {name: [plans[name] for plans in even] for name in found.layers},
         options=wanted.options,
         measures=chosen,
         progress=progress or Silent(),

@@ -125,6 +125,7 @@ class Method:
     stores: type[Coded] = Quantized
     activates: Scheme | Literal[""] = ""
     learns: Callable[..., Learned] | None = None
+    settles: Callable[..., Mapping[str, Any]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -186,6 +187,7 @@ class Verb(Generic[R]):
         stores: type[Coded] = Quantized,
         activates: Scheme | Literal[""] = "",
         learns: Callable[..., Learned] | None = None,
+        settles: Callable[..., Mapping[str, Any]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -205,6 +207,9 @@ class Verb(Generic[R]):
             learns: What makes a layer whose codes are to be learned, from the same arguments.  With
                 the unit "block" those of a block are learned together where a model runs block by
                 block; the function itself learns those of one layer.
+            settles: What a quantizer makes of a plan when the plan is made, for layouts are known
+                before weights are read: takes the weight, (out, in), and every option, and returns
+                fields of the layer's plan, of which `why` says the reason.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -227,6 +232,7 @@ class Verb(Generic[R]):
                 stores,
                 activates,
                 learns,
+                settles,
             )
             self._check(method)
             _methods[method.id] = method

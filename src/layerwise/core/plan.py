@@ -280,7 +280,7 @@ def check_plan(plan: Plan, found: Structure) -> None:
             different grids.
     """
     for id, options in plan.options.items():
-        _check_options(id, options)
+        check_options(id, options)
     for name, layer_plan in plan.layers.items():
         _check_layer(name, layer_plan, found.layers[name])
         for id, _ in layer_plan.steps:
@@ -291,7 +291,12 @@ def check_plan(plan: Plan, found: Structure) -> None:
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 
 
-def _check_options(id: str, options: Mapping[str, Any]) -> None:
+def check_options(id: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a method does not have, or that are of another type.
+
+    Raises:
+        UserError: It names them.
+    """
     method = catalogue.get(id)
     own = method.own_options
     if unknown := options.keys() - own.keys():

@@ -33,7 +33,14 @@ from layerwise.flow.promising import (
     promised_search,
     search_foresight,
 )
-from layerwise.flow.survey import Survey, for_layer, known_losses, missing, survey
+from layerwise.flow.survey import (
+    Survey,
+    everywhere,
+    for_layer,
+    known_losses,
+    missing,
+    survey,
+)
 from layerwise.flow.wish import Wish
 
 # A search for the smallest model of a quality ends when this share of its size is left to search.
@@ -90,7 +97,7 @@ def make_plan(
     allocator = wish.allocator()
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")
-        layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
+        layers = everywhere(even, found, prepared.source, wish.options)
         inputs = wish.inputs or "transformed"
         plan = Plan(layers, wish.format, wish.options, inputs=inputs, server=wish.server)
         return Planned(plan)
@@ -319,6 +326,7 @@ class _Sale:
             why = f"loses {self._told(costs[level])} at {chosen}" + f" ({others})" * bool(others)
         else:
             why = f"{self.allocator.name} gives it {chosen}"
+        why = "; ".join(filter(None, (why, levels[level].why)))
         shown = None if score is None else float(f"{score:.4g}")
         return for_layer(replace(levels[level], score=shown, why=why), layer)
 

@@ -16,7 +16,7 @@ from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.joint import learned_together
-from layerwise.core.plan import LayerPlan, words_of
+from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
 from layerwise.core.results import Coded
 from layerwise.core.structure import Layer, Structure, by_input
@@ -339,6 +339,46 @@ def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
     return replace(
         level, method="rtn", dense=False, why="; ".join(filter(None, (level.why, reason)))
     )
+
+
+def settled(
+    levels: Sequence[LayerPlan], item: Sequence[Layer], source: Source, options: Options
+) -> list[LayerPlan]:
+    """Levels with what their quantizers settle of them by the weights of layers that share one.
+
+    The layers are one matrix to a quantizer, as they are to a server; where they read inputs of
+    several widths they are none, and nothing is settled.
+    """
+    known: dict[LayerPlan, Mapping[str, Any]] = {}
+    made: list[LayerPlan] = []
+    alike = len({layer.width for layer in item}) == 1
+    for level in levels:
+        method = level.quantizer
+        if level.bits is None or method.settles is None:
+            made.append(level)
+            continue
+        grid = LayerPlan(level.bits, level.group, level.symmetric, level.method)
+        if grid not in known and alike:
+            weight = torch.cat([layer.read(source).float() for layer in item])  # (rows, in)
+            given = {"group": level.group or weight.shape[1], "symmetric": level.symmetric}
+            own = options.get(method.id, {})
+            check_options(method.id, own)
+            known[grid] = method.settles(weight, bits=level.bits, **given, **own)
+        found = known.get(grid, {"why": f"group {level.group}, for layers of several widths"})
+        why = "; ".join(filter(None, (level.why, found.get("why", ""))))
+        made.append(replace(level, **{**found, "why": why}))
+    return made
+
+
+def everywhere(
+    level: LayerPlan, found: Structure, source: Source, options: Options
+) -> dict[str, LayerPlan]:
+    """One level as the plan of every layer, by name."""
+    made: dict[str, LayerPlan] = {}
+    for item in found.items():
+        (one,) = settled([level], item, source, options)
+        made |= {layer.name: for_layer(one, layer) for layer in item}
+    return {name: made[name] for name in found.layers}
 
 
 def _block_evidence(

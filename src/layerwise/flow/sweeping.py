@@ -46,7 +46,7 @@ from layerwise.flow.preparing import Prepared, Texts, check, prepare
 from layerwise.flow.probing import Probe
 from layerwise.flow.promising import comparing, fitting, search_foresight
 from layerwise.flow.reporting import SWEEP
-from layerwise.flow.survey import for_layer, survey
+from layerwise.flow.survey import everywhere, survey
 from layerwise.flow.wish import Wish
 from layerwise.report import html, pareto_svg
 
@@ -361,7 +361,9 @@ def _promised(
 def _levels(prepared: Prepared, point: Point) -> Mapping[str, Sequence[LayerPlan]]:
     wish = point.wish.fitted(prepared.found)
     if point.uniform:
-        return {n: [for_layer(wish.level(wish.bits), x)] for n, x in prepared.found.layers.items()}
+        level, found = wish.level(wish.bits), prepared.found
+        plans = everywhere(level, found, prepared.source, wish.options)
+        return {name: [plan] for name, plan in plans.items()}
     return markets.of_bytes(wish, prepared).by_layer()
 
 

@@ -1,4 +1,4 @@
-"""Rounding that is learned: a shift of each weight before it is rounded, and a share of each grid."""
+"""Rounding that is learned: a shift of each weight before it is rounded, a share of each grid."""
 
 from abc import abstractmethod
 
