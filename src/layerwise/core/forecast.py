@@ -283,7 +283,7 @@ class _Work:
             "gram": lambda: torch.eye(width),
             "magnitude": lambda: torch.ones(width),
             "peak": lambda: torch.ones(width),
-            "attention": lambda: torch.ones(1),
+            "attention": lambda: torch.ones(1, 1),
             "inputs": lambda: torch.ones(1, width),
         }
         self.evidence = {word: made() for word, made in evidence.items() if word in words}

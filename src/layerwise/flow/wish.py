@@ -156,8 +156,9 @@ class Wish:
         """The plan of a layer at a width, on the grid that its format has for it."""
         format = export.kind(self.format)
         group, symmetric = format.grid(bits or 0)
-        # A float needs no zero point to lie on both sides of 0.0.
-        centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
+        # Points that are no grid's need no zero point to lie on both sides of 0.0.
+        pointed = bits is not None and self._quantizer.codes in ("float8", "points", "books")
+        centred = self._rules.symmetric or pointed
         return LayerPlan(
             bits,
             (group or 0) if self.group is None else self.group,
