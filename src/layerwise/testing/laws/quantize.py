@@ -128,7 +128,7 @@ def refuses_nonsense(method: Method) -> None:
         assert _refuses(method, spoilt), value
 
 
-def _quantize(method: Method, weight: Tensor, **options: Any) -> Quantized:
+def _quantize(method: Method, weight: Tensor, **options: Any) -> Any:
     # Evidence that a wrong weight would spoil is made from a sound one.
     given = dict(cases.evidence(method.evidence, weight.nan_to_num(0, 0, 0)))
     ordinary = {"bits": cases.width(method, 4)}
@@ -145,6 +145,8 @@ def _loss(approximation: Tensor, given: Mapping[str, Any]) -> float:
     error = (approximation - given["weight"].float()).double()
     if "gram" in given:
         return float((error @ given["gram"].double() * error).sum())
+    if "inputs" in given:
+        return float((error @ given["inputs"].double().T).square().sum())
     return float(error.square().sum())
 
 
