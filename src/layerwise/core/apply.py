@@ -126,8 +126,8 @@ def transform(
     done: dict[int, Transformed] = {}
     for numbers in alike.values():
         chosen = [weights[n] for n in numbers]
-        names = [layers[n].name for n in numbers]
-        parts = _run_steps(names, chosen, evidence, plans[numbers[0]], options, made, coded or {})
+        given = [layers[n] for n in numbers]
+        parts = _run_steps(given, chosen, evidence, plans[numbers[0]], options, made, coded or {})
         for number, part in zip(numbers, parts, strict=True):
             done[number] = _finished(layers[number], plans[number], weights[number], part, evidence)
     return [done[number] for number in range(len(layers))]
@@ -144,7 +144,7 @@ class _Part:
 
 
 def _run_steps(
-    names: Sequence[str],
+    layers: Sequence[Layer],
     weights: Sequence[Tensor],
     evidence: Mapping[str, Any],
     plan: LayerPlan,
@@ -153,12 +153,15 @@ def _run_steps(
     coded: Mapping[str, Coded],
 ) -> list[_Part]:
     parts = [_Part(weight.clone() if not plan.steps else weight) for weight in weights]
+    names = [layer.name for layer in layers]
     made, path = {} if made is None else made, (tuple(names),)
     for id, fixed in plan.steps:
         method = catalogue.get(id)
         given = dict(options.get(id, {})) | fixed
         if given.get("group") == 0:
             given["group"] = weights[0].shape[1]
+        if "fold" in method.options:
+            given["fold"] = bool(layers[0].feeder)
         rank = given.get("rank", 0) if method.nested else 0
         told = tuple(sorted(item for item in given.items() if not (rank and item[0] == "rank")))
         path = (*path, (id, told))

@@ -39,7 +39,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
-        "attention": "calibration",  # (tokens,), what each token received in its block's heads
+        "attention": "calibration",  # (windows, length), what tokens received in all heads
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
@@ -47,8 +47,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 )
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
 
-# Options that a plan says for each layer, or a budget for all of them.
-_PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget"})
+# Options that a plan says for each layer, or a budget for all of them; `fold` says whether
+# something that feeds the layer can take its scales.
+_PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
@@ -157,6 +158,11 @@ class Method:
     def own_options(self) -> dict[str, inspect.Parameter]:
         """The options that neither a layer's plan nor a budget sets."""
         return {name: option for name, option in self.options.items() if name not in _PLANNED}
+
+    @property
+    def must_fold(self) -> bool:
+        """It cannot be used on a layer that nothing feeds which can take its scales."""
+        return self.rows == "input" and "fold" not in self.options
 
     def accepts(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the given options that this method has."""

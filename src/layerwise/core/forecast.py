@@ -360,7 +360,7 @@ def evidence_of(words: Collection[str], width: int) -> dict[str, torch.Tensor]:
         "gram": lambda: torch.eye(width),
         "magnitude": lambda: torch.ones(width),
         "peak": lambda: torch.ones(width),
-        "attention": lambda: torch.ones(1),
+        "attention": lambda: torch.ones(1, 1),
         "inputs": lambda: torch.ones(1, width),
     }
     return {word: made[word]() for word in made if word in words}

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from layerwise.core import catalogue
-from layerwise.core.activation import Scheme, static
+from layerwise.core.activation import Scheme, kind, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.results import Layout
@@ -348,6 +348,13 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
             f"activation {plan.activation} of weights that are not quantized",
             "Give bits, too.",
         ),
+        (
+            not (plan.activation and plan.quantizer.activates)
+            or kind(plan.activation) == kind(plan.quantizer.activates),
+            f"activation {plan.activation} with quantize/{plan.method}, which rounds inputs to "
+            f"{plan.quantizer.activates} in its own way",
+            "Leave the activation out, or take another quantizer.",
+        ),
         (plan.group >= 0, f"group {plan.group}", "A group is a number of inputs; 0 is the row."),
     )
     for fine, given, remedy in allowed:
@@ -364,7 +371,8 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
 
 def _check_rows(id: str, layer: Layer, plan: Plan, found: Structure) -> None:
     """A method that reads an input's layers together needs all of them, and a foldable input."""
-    if catalogue.get(id).rows != "input":
+    method = catalogue.get(id)
+    if method.rows != "input" or not (layer.feeder or method.must_fold):
         return
     together = [other for other in found.layers.values() if other.reads == layer.reads]
     if len({plan.layers[other.name].work for other in together}) > 1:

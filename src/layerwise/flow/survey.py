@@ -331,9 +331,7 @@ def _weight(source: Source, layer: Layer) -> Tensor:
 
 def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
     """A level as a plan of one layer: its method if that can be used there, or plain rounding."""
-    if level.bits is None or catalogue.get(f"quantize/{level.method}").rows != "input":
-        return level
-    if layer.feeder:
+    if level.bits is None or layer.feeder or not level.quantizer.must_fold:
         return level
     reason = f"rtn: nothing that feeds it can take {level.method} scales"
     return replace(

@@ -158,8 +158,10 @@ class Wish:
         """The plan of a layer at a width, on the grid that its format has for it."""
         format = export.kind(self.format)
         group, symmetric = format.grid(bits or 0)
-        # Some quantizers have points that lie alike on both sides of 0.0 and need no zero points.
-        centred = self._rules.symmetric or (bits is not None and self._usual("symmetric", False))
+        # Points that lie alike on both sides of 0.0 need no zero points.
+        pointed = self._quantizer.codes in ("float8", "points", "books")
+        alike = bits is not None and (pointed or self._usual("symmetric", False))
+        centred = self._rules.symmetric or alike
         return LayerPlan(
             bits,
             (group or 0) if self.group is None else self.group,

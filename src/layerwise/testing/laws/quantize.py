@@ -55,6 +55,8 @@ def reports_what_was_asked(method: Method) -> None:
             continue
         assert quantized.group == group
         assert quantized.symmetric == symmetric
+        if method.stores is not Quantized:
+            continue
         points = quantized.points
         middle = 2 ** (bits - 1) if points is None else int(points.abs().argmin())
         assert not symmetric or bool((quantized.zero == middle).all())
@@ -151,6 +153,8 @@ def _loss(approximation: Tensor, given: Mapping[str, Any]) -> float:
     error = (approximation - given["weight"].float()).double()
     if "gram" in given:
         return float((error @ given["gram"].double() * error).sum())
+    if "inputs" in given:
+        return float((error @ given["inputs"].double().T).square().sum())
     return float(error.square().sum())
 
 
