@@ -26,7 +26,7 @@ from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, prepare
+from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.survey import Survey, for_layer, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
@@ -148,17 +148,18 @@ def plan(
         UserError: The wish cannot be met.
     """
     wanted = Wish(**wish)
-    opened = open(model)
+    texts = Texts(calibration, samples, length, text, text_samples)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), wanted.rewriting, texts, **where)
     prepared = prepare(
-        opened.source,
-        opened.structure,
+        source,
+        structure(source),
         wanted.methods(),
-        Texts(calibration, samples, length, text, text_samples),
+        texts,
         needing=wanted.needing,
         learning=wanted.learning,
         proof="none" if wanted.max_kl is None else "auto",
-        device=device,
-        trust_remote_code=trust_remote_code,
+        **where,
     )
     with caches.opened(cache_bytes, lasting=cache) as kept:
         candidates = candidates_of(prepared, kept)
@@ -201,16 +202,17 @@ def forecast(
     Raises:
         UserError: The plan cannot be carried out, or not within `max_memory`.
     """
-    opened = open(model)
+    texts = Texts(calibration, samples, length, text, text_samples, noise_floor)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), plan.rewriting, texts, **where)
     prepared = prepare(
-        opened.source,
-        opened.structure,
+        source,
+        structure(source),
         plan.methods(),
-        Texts(calibration, samples, length, text, text_samples, noise_floor),
+        texts,
         needing=plan.needing,
         proof=proof,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        **where,
     )
     seen = foresight(prepared, plan, check(prepared, plan).size)
     return promised(seen, max_memory)[1]
@@ -356,6 +358,7 @@ def sweep(
             sorted(used),
             [name for point in points for name in point.wish.needing],
             [name for point in points for name in point.wish.learning],
+            points[0].wish.rewriting,
         )
         target = Path(os.path.abspath(Path(out).expanduser()))
         found = _sweep(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layerwise.core.evidence import AttentionCollector, Collector, GradientCollector
+from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
 Answer = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ Answer = Callable[[Tensor], Tensor]
 class Tap(TorchFunctionMode):
     """Shows the input of each watched weight to its collector, whatever module multiplies it."""
 
-    def __init__(self, watched: Mapping[int, Sequence[Collector]]) -> None:
+    def __init__(self, watched: Mapping[int, Sequence[Watcher]]) -> None:
         super().__init__()
         self.watched = watched
 

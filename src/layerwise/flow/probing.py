@@ -15,6 +15,7 @@ from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan
 from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
+from layerwise.core.runner import Runner
 from layerwise.core.text import Windows
 from layerwise.evaluate.text import compare
 from layerwise.flow.preparing import Prepared
@@ -46,16 +47,19 @@ class Probe:
     def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
         """The model under a plan against the original; `windows` are those of `ids`."""
         before, after = self._carried(plans)
-        answered, original = (self.runner.logits(one, self.ids, {}) for one in (after, before))
+        answered = self.runner.logits(after, self.ids, {})
+        original = self.runner.original.logits(before, self.ids, {})
         return compare(windows, [answered], original)[0]
 
     def together(self, plans: Mapping[str, LayerPlan]) -> float:
         """KL from the original's answers to those of the model under a plan, in nats per token."""
-        return self._divergence(*self._carried(plans))
+        return self._divergence(self.runner.original, *self._carried(plans))
 
     def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Tensor, Tensor]:
         """The windows after the last block of the original, and of the model under a plan."""
-        before = after = self.runner.start(self.ids)
+        runner, original = self.runner, self.runner.original
+        after = runner.start(self.ids)
+        before = after if original is runner else original.start(self.ids)
         for block in self.runner.blocks:
             changed: dict[str, Tensor] = {}
             answers: dict[str, Answer] = {}
@@ -63,8 +67,8 @@ class Probe:
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
             before, after = (
-                self.runner.forward(block, before, {}),
-                self.runner.forward(block, after, changed, answers=answers),
+                original.forward(block, before, {}),
+                runner.forward(block, after, changed, answers=answers),
             )
         return before, after
 
@@ -89,7 +93,9 @@ class Probe:
             before, *later = together.split(len(self.ids))
             carried = dict(zip(carried, later, strict=True)) | fresh
             progress.step(block)
-        measured = {name: self._divergence(before, after) for name, after in carried.items()}
+        measured = {
+            name: self._divergence(self.runner, before, after) for name, after in carried.items()
+        }
         return {name: measured.get(name, 0.0) for name in plans}
 
     def _inside(self, block: str) -> list[str]:
@@ -130,11 +136,11 @@ class Probe:
             return answer
         return lambda inputs: answer(inputs / scale.to(inputs.device))
 
-    def _divergence(self, before: Tensor, after: Tensor) -> float:
+    def _divergence(self, original: Runner, before: Tensor, after: Tensor) -> float:
         total, count = 0.0, 0
-        logits = [self.runner.logits(hidden, self.ids, {}) for hidden in (before, after)]
-        for original, changed in zip(*logits, strict=True):
-            p, q = (_scored(answer) for answer in (original, changed))
+        logits = (original.logits(before, self.ids, {}), self.runner.logits(after, self.ids, {}))
+        for answered, changed in zip(*logits, strict=True):
+            p, q = (_scored(answer) for answer in (answered, changed))
             divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
             total += float(divergence.sum(dtype=torch.float64))
             count += p.numel() // p.shape[-1]

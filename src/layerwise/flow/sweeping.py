@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from layerwise.core.checkpoint import open_source
 from layerwise.core.environment import environment
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.folding import Rewriting
 from layerwise.core.outcome import Comparison, Sweep, SweepPoint
 from layerwise.core.plan import LayerPlan, Plan, to_yaml
 from layerwise.core.progress import Progress, Silent
@@ -38,7 +39,7 @@ from layerwise.core.written import rebuilt
 from layerwise.flow import market as markets
 from layerwise.flow.identity import candidates_of, sweep_identity
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Prepared, Texts, check, prepare
+from layerwise.flow.preparing import Prepared, Texts, check, prepare, rewritten
 from layerwise.flow.probing import Probe
 from layerwise.flow.reporting import SWEEP
 from layerwise.flow.survey import for_layer, survey
@@ -90,6 +91,7 @@ class Setting:
         methods: Ids of all methods of the sweep.
         needing: What else cannot do without a calibration text.
         learning: What else reads the calibration text.
+        rewriting: What the model becomes first.
     """
 
     model: str
@@ -101,10 +103,12 @@ class Setting:
     methods: Sequence[str]
     needing: Sequence[str]
     learning: Sequence[str]
+    rewriting: Rewriting = field(default_factory=Rewriting)
 
     def prepared(self) -> Prepared:
         """The model, opened, with its texts."""
-        source = open_source(self.model)
+        how: Any = {"device": self.device, "trust_remote_code": self.trust_remote_code}
+        source = rewritten(open_source(self.model), self.rewriting, self.texts, **how)
         return prepare(
             source,
             structure(source),
@@ -112,8 +116,7 @@ class Setting:
             self.texts,
             needing=self.needing,
             learning=self.learning,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
+            **how,
         )
 
     def candidates(self, prepared: Prepared) -> Candidates:
