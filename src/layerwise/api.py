@@ -87,23 +87,18 @@ def measure(
     """
     names = [measures] if isinstance(measures, str) else measures
     chosen = [catalogue.get(f"measure/{name}") for name in names]
-    opened = open(model)
-    wanted = Wish(**wish).fitted(opened.structure)
+    asked, texts = Wish(**wish), Texts(calibration, samples, length)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    found = structure(source)
+    wanted = asked.fitted(found)
     comparing = any("approximation" in method.evidence for method in chosen)
     tried = [wanted.level(bits) for bits in levels or ([4] if comparing else [])]
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
-    prepared = prepare(
-        opened.source,
-        opened.structure,
-        [*chosen, *steps],
-        Texts(calibration, samples, length),
-        proof="none",
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    prepared = prepare(source, found, [*chosen, *steps], texts, proof="none", **where)
     for level in tried:
         check_level(prepared, wanted, level)
-    layers = opened.structure.layers.items()
+    layers = found.layers.items()
     return survey(
         prepared,
         {name: [for_layer(level, layer) for level in tried] for name, layer in layers},

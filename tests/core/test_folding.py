@@ -17,6 +17,7 @@ from layerwise.core.folding import (
     combined,
     gains_folded,
     head_size,
+    inputs_scaled,
     keys_scaled,
     pair_peaks,
     rewrite,
@@ -113,6 +114,23 @@ def test_each_part_is_the_same_function_by_itself(part, tmp_path):
     assert same(answer(source, ids), answer(changed, ids))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in TURNED if kind != "phi3"])
+def test_inputs_are_scaled_in_what_feeds_them(kind, tmp_path):
+    source, ids = made(kind, tmp_path), models.inputs(kind)
+    found = structure(source)
+    fed = {layer.feeder: layer.width for layer in found.layers.values() if layer.feeder}
+    assert any("up_proj" in name or "w3" in name for name in fed)
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        inputs_scaled(source, found, name, torch.rand(width, generator=generator) + 0.5)
+        for name, width in fed.items()
+    ]
+    scaled = Rewritten(source, combined(parts), (), {}, "", ())
+    assert same(answer(source, ids), answer(scaled, ids))
+    for name in fed:
+        assert not torch.equal(scaled.read(f"{name}.weight"), source.read(f"{name}.weight"))
+
+
 def test_turning_a_stream_whose_norms_have_gains_is_another_function(tmp_path):
     source = made("llama", tmp_path)
     stream = stream_of(source, Rewriting("hadamard"))
@@ -138,6 +156,30 @@ def _some_peaks(source: Source) -> dict[str, Tensor]:
     keys = [name for name in structure(source).layers if name.endswith("k_proj")]
     heads = int(source.config["num_key_value_heads"]) if keys else 0
     return {name: torch.rand(heads, head_size(source) // 2) + 0.5 for name in keys}
+
+
+def test_rows_that_are_made_together_are_made_once(llama):
+    """They are kept until the last of them is read, and nothing is kept after that."""
+
+    class Counted:
+        def __init__(self, source: Source) -> None:
+            self.source, self.reads = source, 0
+
+        def __getattr__(self, name: str):
+            return getattr(self.source, name)
+
+        def read(self, *asked):
+            self.reads += 1
+            return self.source.read(*asked)
+
+    counted = Counted(open_checkpoint(llama))
+    turned = rewrite(counted, Rewriting("hadamard"))
+    counted.reads = 0
+    name = "model.layers.0.mlp.down_proj.weight"
+    parts = [turned.read(name, start, start + 8) for start in range(0, 32, 8)]
+    assert counted.reads == 1
+    assert torch.equal(torch.cat(parts), turned.read(name))
+    assert not turned._held
 
 
 def test_a_dtype_is_kept(tmp_path):

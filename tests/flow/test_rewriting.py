@@ -93,7 +93,7 @@ def test_a_plan_says_that_the_model_is_turned(llama, text, tmp_path):
     written = yaml.safe_load(file.read_text())
     assert (written["rotate"], written["rotate_seed"]) == ("hadamard", 7)
     assert read_plan(file, structure(open_checkpoint(llama))).rewriting == made.rewriting
-    lw.compress(llama, tmp_path / "again", plan=file, calibration=text, samples=4, length=32)
+    lw.compress(llama, tmp_path / "again", plan=file, **shown)
     names = open_checkpoint(tmp_path / "again").tensors
     one, other = (open_checkpoint(tmp_path / folder) for folder in ("first", "again"))
     assert all(torch.equal(one.read(name), other.read(name)) for name in names)
@@ -142,7 +142,7 @@ def test_keys_are_scaled_before_the_rest(llama, text, tmp_path):
     key = "model.layers.0.self_attn.k_proj.weight"
     before, after = open_checkpoint(llama), open_checkpoint(tmp_path / "out")
     assert (before.read(key) - after.read(key)).abs().max() > 0.01
-    with pytest.raises(UserError, match="--scale-keys learns .* no text was given"):
+    with pytest.raises(UserError, match=r"--scale-keys learns .* no text was given"):
         lw.compress(llama, tmp_path / "other", bits=4, group=32, scale_keys=True)
 
 

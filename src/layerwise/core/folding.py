@@ -18,7 +18,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.families import FAMILIES, Stream, family
 from layerwise.core.packing import raw_bytes
 from layerwise.core.rotation import Rotation, rotation
-from layerwise.core.structure import block_of
+from layerwise.core.structure import Structure, block_of
 
 Rotate = Literal["none", "hadamard", "orthogonal"]
 Axis = Literal["rows", "columns"]
@@ -143,6 +143,8 @@ class Rewritten:
     settings: Mapping[str, Any]
     told: str
     notes: Sequence[str]
+    # A tensor whose rows are made together, until the last of them is read.
+    _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -182,15 +184,32 @@ class Rewritten:
             return torch.full(info.shape, change.fill, dtype=info.dtype)[start:stop].clone()
         rows, together = info.shape[0], change.together
         stop = rows if stop is None else min(stop, rows)
-        first = start // together * together
-        last = min(-(-stop // together) * together, rows)
+        if together < rows or stop - start == rows:
+            return self._made(name, change, start, stop)
+        whole = self._held.get(name)
+        if whole is None:
+            self._held.clear()
+            whole = self._held[name] = self._made(name, change, 0, rows)
+        if stop == rows:
+            self._held.clear()
+        return whole[start:stop].clone()
+
+    def _made(self, name: str, change: Change, start: int, stop: int) -> Tensor:
+        together = change.together
+        first, last = start // together * together, -(-stop // together) * together
         made = self.base.read(change.of or name, first, last)
         made = made.to(torch.promote_types(made.dtype, torch.float32))
         made = made + change.offset if change.offset else made
         for step in change.steps:
             made = step.on(made, first)
         made = made[start - first : stop - first]
-        return (made - change.offset if change.offset else made).to(info.dtype).contiguous()
+        made = made - change.offset if change.offset else made
+        return made.to(self.tensors[name].dtype).contiguous()
+
+
+def notes_of(source: Source) -> Sequence[str]:
+    """What a model was rewritten into, for the reader of a report."""
+    return source.notes if isinstance(source, Rewritten) else ()
 
 
 def original(source: Source) -> Source:
@@ -340,6 +359,29 @@ def values_turned(source: Source, stream: Stream, turning: Rotation) -> Changes:
     return made
 
 
+def inputs_scaled(
+    source: Source, found: Structure, feeder: str, scale: Float[Tensor, " in"]
+) -> Changes:
+    """A norm's or layer's outputs divided by `scale`, where only layers read them that undo it.
+
+    That is every norm of the stream and the layer whose outputs a gate multiplies: W_up's rows are
+    divided, W_down's columns multiplied.
+
+    Args:
+        source: The model.
+        found: Its structure, which says what `feeder` feeds.
+        feeder: Name of the module.
+        scale: One factor for each input of the layers that it feeds.
+    """
+    norm = len(source.tensors[f"{feeder}.weight"].shape) == 1
+    made: dict[str, Change] = {}
+    for kind, offset in (("weight", _offset(source) if norm else 0.0), ("bias", 0.0)):
+        if (name := f"{feeder}.{kind}") in source.tensors:
+            made[name] = Change([Scale("rows", 1 / scale)], offset=offset)
+    fed = [layer for layer in found.layers.values() if layer.feeder == feeder]
+    return made | {layer.tensor: Change([Scale("columns", scale)]) for layer in fed}
+
+
 def keys_scaled(
     source: Source,
     stream: Stream,
@@ -425,7 +467,9 @@ def pair_peaks(source: Source, key: str) -> PairPeaks:
     Raises:
         UserError: The model's rotary embedding turns other pairs.
     """
-    if source.config.get("partial_rotary_factor", 1.0) != 1.0:
+    config = source.config
+    told = (config.get("rope_parameters") or {}, config)
+    if any(one.get("partial_rotary_factor", 1.0) != 1.0 for one in told):
         raise UserError(
             f"{source.label} turns a part of each key only, and --scale-keys takes all of it.",
             "Leave --scale-keys out.",
@@ -438,7 +482,7 @@ def pair_peaks(source: Source, key: str) -> PairPeaks:
     )
     assert weight is not None
     gain = None if norm is None else norm + _offset(source)
-    epsilon = float(source.config.get("rms_norm_eps", 1e-6))
+    epsilon = float(config.get("rms_norm_eps", 1e-6))
     return PairPeaks(weight, bias, gain, head_size(source), epsilon)
 
 

@@ -8,7 +8,7 @@ diagonal of signs, so that a product with it takes n (n_1 + n_2 + …) multiplic
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,8 @@ Kind = Literal["hadamard", "orthogonal", "kronecker"]
 LARGEST = 1024
 # Powers of two are split into factors of this size: few steps, each a product worth making.
 _STEP = 16
+# Entries that are turned at once: every step makes a copy of them.
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,31 @@ class Rotation:
 
         Vectors of several times its size are turned in pieces, as by a block-diagonal matrix.
         """
-        pieces = vectors.reshape(-1, self.size) * self.signs.to(vectors)
-        return self._product(pieces, self.factors).reshape(vectors.shape)
+        return self._turned(vectors, self._forwards)
 
     def invert(self, vectors: Float[Tensor, "*batch entries"]) -> Float[Tensor, "*batch entries"]:
         """Turn vectors x into x Q^T, which undoes `apply`."""
-        turned = [factor.T for factor in self.factors]
-        pieces = self._product(vectors.reshape(-1, self.size), turned)
-        return (pieces * self.signs.to(vectors)).reshape(vectors.shape)
+        return self._turned(vectors, self._backwards)
 
     def dense(self) -> Float[Tensor, "n n"]:
         """Q itself, in float64."""
         return self.apply(torch.eye(self.size, dtype=torch.float64))
+
+    def _forwards(self, pieces: Tensor) -> Tensor:
+        return self._product(pieces * self.signs.to(pieces), self.factors)
+
+    def _backwards(self, pieces: Tensor) -> Tensor:
+        turned = self._product(pieces, [factor.T for factor in self.factors])
+        return turned * self.signs.to(pieces)
+
+    def _turned(self, vectors: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Vectors that are turned a few at a time."""
+        pieces = vectors.reshape(-1, self.size)
+        made = torch.empty(pieces.shape, dtype=vectors.dtype, device=vectors.device)
+        few = max(1, _AT_ONCE // self.size)
+        for part, place in zip(pieces.split(few), made.split(few), strict=True):
+            place.copy_(turn(part))
+        return made.reshape(vectors.shape)
 
     def _product(self, pieces: Tensor, factors: Sequence[Tensor]) -> Tensor:
         for factor in factors:

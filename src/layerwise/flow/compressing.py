@@ -20,7 +20,7 @@ from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
 from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
-from layerwise.core.folding import Rewritten
+from layerwise.core.folding import Rewritten, notes_of
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -324,7 +324,7 @@ def _prove(
 
 
 def _notes(prepared: Prepared, plan: Plan) -> list[str]:
-    notes = [*prepared.source.notes] if isinstance(prepared.source, Rewritten) else []
+    notes = [*notes_of(prepared.source)]
     if prepared.heldout is None:
         notes.append("not proven: the model was not run on a text after it was made")
     if plan.format == "dense" and any(p.bits is not None for p in plan.layers.values()):

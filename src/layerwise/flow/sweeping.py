@@ -29,7 +29,7 @@ from layerwise.core.checkpoint import open_source
 from layerwise.core.environment import environment
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.folding import Rewriting
+from layerwise.core.folding import Rewriting, notes_of
 from layerwise.core.outcome import Comparison, Sweep, SweepPoint
 from layerwise.core.plan import LayerPlan, Plan, to_yaml
 from layerwise.core.progress import Progress, Silent
@@ -225,7 +225,7 @@ def sweep(
         format=points[0].wish.format,
         bytes_before=prepared.source.size,
         seconds=time.perf_counter() - begun,
-        notes=_notes(points),
+        notes=[*notes_of(prepared.source), *_notes(points)],
         environment=environment(setting.device),
         recipe=recipe,
     )
