@@ -26,7 +26,7 @@ from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, prepare
+from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
@@ -87,24 +87,18 @@ def measure(
     """
     names = [measures] if isinstance(measures, str) else measures
     chosen = [catalogue.get(f"measure/{name}") for name in names]
-    opened = open(model)
-    wanted = Wish(**wish).fitted(opened.structure)
+    asked, texts = Wish(**wish), Texts(calibration, samples, length)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    found = structure(source)
+    wanted = asked.fitted(found)
     comparing = any("approximation" in method.evidence for method in chosen)
     tried = [wanted.level(bits) for bits in levels or ([4] if comparing else [])]
     steps = [catalogue.get(id) for level in tried for id, _ in level.steps]
-    prepared = prepare(
-        opened.source,
-        opened.structure,
-        [*chosen, *steps],
-        Texts(calibration, samples, length),
-        proof="none",
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    prepared = prepare(source, found, [*chosen, *steps], texts, proof="none", **where)
     for level in tried:
         check_level(prepared, wanted, level)
-    found = opened.structure
-    even = [everywhere(level, found, opened.source, wanted.options) for level in tried]
+    even = [everywhere(level, found, source, wanted.options) for level in tried]
     return survey(
         prepared,
         {name: [plans[name] for plans in even] for name in found.layers},
@@ -152,17 +146,18 @@ def plan(
         UserError: The wish cannot be met, or not within `max_memory`.
     """
     wanted = Wish(**wish)
-    opened = open(model)
+    texts = Texts(calibration, samples, length, text, text_samples)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), wanted.rewriting, texts, **where)
     prepared = prepare(
-        opened.source,
-        opened.structure,
+        source,
+        structure(source),
         wanted.methods(),
-        Texts(calibration, samples, length, text, text_samples),
+        texts,
         needing=wanted.needing,
         learning=wanted.learning,
         proof="none" if wanted.max_kl is None else "auto",
-        device=device,
-        trust_remote_code=trust_remote_code,
+        **where,
     )
     with caches.opened(cache_bytes, lasting=cache) as kept:
         candidates = candidates_of(prepared, kept)
@@ -205,16 +200,17 @@ def forecast(
     Raises:
         UserError: The plan cannot be carried out, or not within `max_memory`.
     """
-    opened = open(model)
+    texts = Texts(calibration, samples, length, text, text_samples, noise_floor)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), plan.rewriting, texts, **where)
     prepared = prepare(
-        opened.source,
-        opened.structure,
+        source,
+        structure(source),
         plan.methods(),
-        Texts(calibration, samples, length, text, text_samples, noise_floor),
+        texts,
         needing=plan.needing,
         proof=proof,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        **where,
     )
     seen = foresight(prepared, plan, check(prepared, plan).size)
     return promised(seen, max_memory)[1]
@@ -363,6 +359,7 @@ def sweep(
             sorted(used),
             [name for point in points for name in point.wish.needing],
             [name for point in points for name in point.wish.learning],
+            points[0].wish.rewriting,
         )
         target = Path(os.path.abspath(Path(out).expanduser()))
         found = _sweep(

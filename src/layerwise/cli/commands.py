@@ -346,6 +346,9 @@ def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
         "inputs": chosen.inputs,
         "format": chosen.format,
         "server": chosen.server,
+        "rotate": chosen.rotate,
+        "rotate_seed": chosen.rotate_seed,
+        "scale_keys": chosen.scale_keys,
     }
 
 

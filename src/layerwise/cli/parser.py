@@ -361,6 +361,21 @@ def _levels(how: Any) -> None:
     )
     how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
     how.add_argument(
+        "--rotate",
+        choices=("none", "hadamard", "orthogonal"),
+        default="none",
+        help="turn the residual stream and each head's values first, which spreads outliers and "
+        "leaves the model's function as it was (none)",
+    )
+    how.add_argument(
+        "--rotate-seed", type=int, default=0, help="what is random in that rotation (0)"
+    )
+    how.add_argument(
+        "--scale-keys",
+        action="store_true",
+        help="even out the pairs of keys that rotary embeddings turn, for a cache of rounded keys",
+    )
+    how.add_argument(
         "--format",
         default="",
         metavar="NAME",
@@ -430,6 +445,7 @@ WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
+    "--rotate", "--rotate-seed", "--scale-keys",
 )  # fmt: skip
 
 

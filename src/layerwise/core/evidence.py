@@ -1,7 +1,7 @@
 """What calibration shows of an input, accumulated as it streams by."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +9,15 @@ from torch import Tensor
 from layerwise.core.catalogue import EVIDENCE, Method
 from layerwise.core.errors import UserError
 from layerwise.core.structure import Layer
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Sees what a layer reads."""
+
+    def see(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs, (tokens, in)."""
+        ...
 
 
 class Collector:

@@ -41,6 +41,37 @@ class Reads:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """A residual stream that only linear layers and norms without a mean touch.
+
+    Such a model can be rewritten into another that is the same function: see core/folding.py.
+    Whatever is not named here neither reads the stream nor adds to it.
+
+    Attributes:
+        reads: Norms inside a block, each with all layers that read what it gives.
+        writes: Layers whose outputs are added to the stream.
+        values: A layer whose outputs are weighted and summed over tokens, head by head, and the
+            layer that reads the sums; empty if they have no layers of their own.
+        queries: The layer that makes queries, and the one that makes keys; empty likewise.
+        query_norms: Norms of each head's queries and keys, which only some of the models have.
+        beside: Other tensors that a block may hold.
+        embedding: What begins the stream.
+        norm: The norm that ends it.
+        head: What reads that; its tensor is the embedding's where there is none of its own.
+    """
+
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    writes: tuple[str, ...]
+    values: tuple[str, ...] = ("self_attn.v_proj", "self_attn.o_proj")
+    queries: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
+    query_norms: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
+    beside: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What the weights alone do not say about an architecture.
 
@@ -50,6 +81,7 @@ class Family:
         reads: Which layers share an input.
         transposed: Endings of layers stored (in, out), as GPT-2's Conv1D does.
         norm_offset: What a norm adds to its stored weight before it multiplies.
+        stream: Its residual stream; None where that cannot be turned.
     """
 
     types: tuple[str, ...]
@@ -57,6 +89,7 @@ class Family:
     transposed: tuple[str, ...] = ()
     norm_offset: float = 0.0
     only: tuple[str, Any] | None = None
+    stream: Stream | None = None
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -65,10 +98,17 @@ _GATED = (
     Reads(("mlp.down_proj",), "mlp.up_proj"),
 )
 _LLAMA = (Reads(_QKV, "input_layernorm", fused=3), Reads(("self_attn.o_proj",)), *_GATED)
+_LLAMA_STREAM = Stream(
+    (
+        ("input_layernorm", _QKV),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    ("self_attn.o_proj", "mlp.down_proj"),
+)
 
 FAMILIES: tuple[Family, ...] = (
-    Family(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
-    Family(("gemma",), _LLAMA, norm_offset=1.0),
+    Family(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA, stream=_LLAMA_STREAM),
+    Family(("gemma",), _LLAMA, norm_offset=1.0, stream=_LLAMA_STREAM),
     Family(
         ("gemma2", "gemma3", "gemma3_text"),
         (
@@ -86,6 +126,15 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("self_attn.o_proj",)),
             Reads(("mlp.gate_up_proj",), "post_attention_layernorm"),
             Reads(("mlp.down_proj",)),
+        ),
+        stream=Stream(
+            (
+                ("input_layernorm", ("self_attn.qkv_proj",)),
+                ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+            ),
+            ("self_attn.o_proj", "mlp.down_proj"),
+            values=(),
+            queries=(),
         ),
     ),
     Family(
@@ -175,6 +224,20 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"), fused=2),
             Reads(("block_sparse_moe.experts.{}.w2",), "block_sparse_moe.experts.{}.w3"),
         ),
+        stream=Stream(
+            (
+                ("input_layernorm", _QKV),
+                (
+                    "post_attention_layernorm",
+                    (
+                        "block_sparse_moe.gate",
+                        "block_sparse_moe.experts.{}.w1",
+                        "block_sparse_moe.experts.{}.w3",
+                    ),
+                ),
+            ),
+            ("self_attn.o_proj", "block_sparse_moe.experts.{}.w2"),
+        ),
     ),
     Family(
         ("qwen2_moe", "qwen3_moe"),
@@ -184,6 +247,23 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("mlp.experts.{}.down_proj",), "mlp.experts.{}.up_proj"),
             Reads(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), fused=2),
             Reads(("mlp.shared_expert.down_proj",), "mlp.shared_expert.up_proj"),
+        ),
+        stream=Stream(
+            (
+                ("input_layernorm", _QKV),
+                (
+                    "post_attention_layernorm",
+                    (
+                        *("mlp.gate_proj", "mlp.up_proj", "mlp.gate", "mlp.shared_expert_gate"),
+                        *("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+                        *("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+                    ),
+                ),
+            ),
+            (
+                *("self_attn.o_proj", "mlp.down_proj"),
+                *("mlp.experts.{}.down_proj", "mlp.shared_expert.down_proj"),
+            ),
         ),
     ),
 )

@@ -12,6 +12,7 @@ from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, kind, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
+from layerwise.core.folding import Rewriting, Rotate
 from layerwise.core.results import Layout
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
@@ -121,6 +122,7 @@ class Plan:
         inputs: What calibration shows methods: what layers see after earlier blocks were
             transformed, or in the original model.
         server: What is to load the output, whose rules the plan must keep; "" for any.
+        rewriting: What the model becomes before all else, while it stays the same function.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -129,6 +131,7 @@ class Plan:
     budget: str = ""
     inputs: Inputs = "transformed"
     server: str = ""
+    rewriting: Rewriting = field(default_factory=Rewriting)
 
     @property
     def needing(self) -> list[str]:
@@ -163,17 +166,23 @@ def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
     return calibrated_words(map(catalogue.get, methods)) | rounding
 
 
+# Entries of a plan's file that say what the model becomes before all else.
+_REWRITING: Mapping[str, Any] = {"rotate": Rotate, "rotate_seed": int, "scale_keys": bool}
 _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 
 
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
-    head = {"model": model, "format": plan.format}
+    head: dict[str, str | int] = {"model": model, "format": plan.format}
     if plan.server:
         head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
     head["inputs"] = plan.inputs
+    if plan.rewriting.rotate != "none":
+        head |= {"rotate": plan.rewriting.rotate, "rotate_seed": plan.rewriting.seed}
+    if plan.rewriting.scale_keys:
+        head["scale_keys"] = True
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -202,6 +211,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
     known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
+    known |= _REWRITING.keys()
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -221,7 +231,11 @@ def read_plan(file: Path, found: Structure) -> Plan:
     if inputs not in get_args(Inputs):
         raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
     budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
-    return Plan(layers, format, options, budget, inputs, server)
+    rewriting = {name: content[name] for name in _REWRITING if name in content}
+    check_types(str(file), rewriting, _REWRITING)
+    rotation = {"seed": rewriting.pop("rotate_seed")} if "rotate_seed" in rewriting else {}
+    first = Rewriting(**rewriting, **rotation)
+    return Plan(layers, format, options, budget, inputs, server, first)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layerwise.core.evidence import AttentionCollector, Collector, GradientCollector
+from layerwise.core.activation import Activation
+from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
 Answer = Callable[[Tensor], Tensor]
@@ -21,7 +22,7 @@ Answer = Callable[[Tensor], Tensor]
 class Tap(TorchFunctionMode):
     """Shows the input of each watched weight to its collector, whatever module multiplies it."""
 
-    def __init__(self, watched: Mapping[int, Sequence[Collector]]) -> None:
+    def __init__(self, watched: Mapping[int, Sequence[Watcher]]) -> None:
         super().__init__()
         self.watched = watched
 
@@ -107,6 +108,28 @@ class Attend(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             self.collector.see(_received(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+class RoundedKeys(TorchFunctionMode):
+    """Has attention see keys as a cache of rounded ones keeps them: after rotary embeddings.
+
+    Args:
+        activation: How each token's key of each head is rounded.
+    """
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key, *rest = args
+            rounded = self.activation.rounded(key.flatten(0, -2)).reshape(key.shape)
+            args = (query, rounded, *rest)
         return func(*args, **kwargs)
 
 

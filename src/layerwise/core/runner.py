@@ -22,12 +22,13 @@ from layerwise.core.activations import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import AttentionCollector, Collector, GradientCollector
+from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
 from layerwise.core.extras import need
+from layerwise.core.folding import Rewritten
 from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
-from layerwise.core.structure import Structure, block_of
+from layerwise.core.structure import Structure, block_of, structure
 
-_Collecting = TypeVar("_Collecting", Collector, GradientCollector)
+_Collecting = TypeVar("_Collecting", Watcher, GradientCollector)
 
 
 # What a block answers to a batch, with some tensors of the source, by name, for its own.
@@ -69,9 +70,14 @@ class Runner:
         trust_remote_code: Let the checkpoint bring its own Python.
         tokens: Tokens that are run at once; one window at least.
 
+    Attributes:
+        original: What runs the model as it was before it was rewritten; itself if it was not.
+
     Raises:
         UserError: The model cannot be built here; the message says what is missing.
     """
+
+    original: "Runner"
 
     def __init__(
         self,
@@ -104,6 +110,10 @@ class Runner:
         self.blocks = found.blocks if apart else [""]
         self._calls: dict[torch.dtype, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+        self.original = self
+        if isinstance(source, Rewritten):
+            how: Any = {"trust_remote_code": trust_remote_code, "tokens": tokens}
+            self.original = Runner(source.base, structure(source.base), device=device, **how)
 
     @property
     def whole(self) -> bool:
@@ -124,6 +134,8 @@ class Runner:
         other._empty = empty
         # What one learns of calls goes with how its first block answers.
         other._calls = {} if empty else dict(self._calls)
+        before = self.original
+        other.original = other if before is self else before._other(tokens=tokens, empty=empty)
         return other
 
     def block_bytes(self, block: str) -> int:
@@ -187,7 +199,7 @@ class Runner:
         block: str,
         hidden: Tensor,
         changed: Mapping[str, Tensor],
-        collectors: Mapping[str, Collector] | None = None,
+        collectors: Mapping[str, Watcher] | None = None,
         answers: Mapping[str, Answer] | None = None,
     ) -> Tensor:
         """Carry activations through a block.
@@ -206,7 +218,7 @@ class Runner:
         block: str,
         hidden: Activations,
         changed: Mapping[str, Tensor],
-        collectors: Mapping[str, Collector] | None = None,
+        collectors: Mapping[str, Watcher] | None = None,
         answers: Mapping[str, Answer] | None = None,
         attention: AttentionCollector | None = None,
     ) -> Iterator[Tensor]:
@@ -531,8 +543,9 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
             "Read that code, then add --trust-remote-code; or use methods that read weights alone.",
         )
     try:
+        changed = source.settings if isinstance(source, Rewritten) else {}
         config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code and known is None
+            str(folder), trust_remote_code=trust_remote_code and known is None, **changed
         )
         with _without_storage():
             if known is not None:
@@ -685,7 +698,7 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
 @contextlib.contextmanager
 def _modes(
     answers: Mapping[int, Answer],
-    watched: Mapping[int, Sequence[Collector]],
+    watched: Mapping[int, Sequence[Watcher]],
     attention: AttentionCollector | None,
 ) -> Generator[None]:
     """Products watched and answered as is wished, where anything is."""

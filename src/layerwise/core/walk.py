@@ -99,7 +99,8 @@ def walk(
     states: dict[str, Activations] = {}
     if resumed is not None:
         for dtype in (torch.float32, *([FLOOR_DTYPE] if noise_floor else [])):
-            runner.start(heldout[:1], dtype)  # one window shows what blocks are called with
+            for one in (runner, runner.original):
+                one.start(heldout[:1], dtype)  # one window shows what blocks are called with
         states |= {name: one if economy.on_disk else one[:] for name, one in resumed.items()}
     else:
         walking = None if plan.inputs == "original" else calibration
@@ -150,9 +151,14 @@ def _started(
     if calibration is not None:
         begun[CALIBRATION] = (calibration, torch.float32, around)
     return {
-        name: held.keep("start", name, runner.starting(ids, dtype, changed), len(ids))
+        name: held.keep("start", name, _runs(runner, name).starting(ids, dtype, changed), len(ids))
         for name, (ids, dtype, changed) in begun.items()
     }
+
+
+def _runs(runner: Runner, name: str) -> Runner:
+    """What carries activations: those of the original, the model as it was before rewriting."""
+    return runner.original if name in _ORIGINAL else runner
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,8 @@ class _Block:
     ) -> None:
         for name in names:
             hidden = self.states[name]
-            parts = self.runner.carry(self.block, hidden, changed, answers=answers)
+            runner = _runs(self.runner, name)
+            parts = runner.carry(self.block, hidden, changed, answers=answers)
             step = _step(self.block)
             self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 

@@ -20,6 +20,7 @@ from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
 from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
+from layerwise.core.folding import Rewritten, notes_of
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
@@ -42,6 +43,7 @@ from layerwise.flow.preparing import (
     check,
     check_disk,
     prepare,
+    rewritten,
 )
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.proving import predicted
@@ -99,8 +101,15 @@ def compress(
     if max_memory:
         memory_limit(max_memory)  # what is no amount is refused before anything is read
     source = open_source(model)
+    ready = read_plan(plan, structure(source)) if isinstance(plan, Path) else plan
+    source = rewritten(
+        source,
+        (ready or wish).rewriting,
+        texts,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     found = structure(source)
-    ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
     format = export.get(ready.format if ready else wish.format, source, (ready or wish).options)
     prepared = prepare(
@@ -255,12 +264,13 @@ def _compare(
     runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
 ) -> list[Comparison]:
     memory.settle()  # what the walk let go of
-    outer = runner.outer()
-    changed = None if around else outer
+    before = runner.original
+    outer = before.outer()
+    changed = outer if before is runner and not around else None
     results = [runner.logits(walked.heldout, heldout.ids, around, changed)]
     if walked.heldout_floor is not None:
-        results.append(runner.logits(walked.heldout_floor, heldout.ids, {}))
-    return compare(heldout, results, runner.logits(walked.heldout_before, heldout.ids, {}, outer))
+        results.append(before.logits(walked.heldout_floor, heldout.ids, {}))
+    return compare(heldout, results, before.logits(walked.heldout_before, heldout.ids, {}, outer))
 
 
 def _small_files(
@@ -269,7 +279,7 @@ def _small_files(
     source = prepared.source
     files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
     added = format.config(plan, prepared.found)
-    if added:
+    if added or isinstance(source, Rewritten):
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files |= format.files(plan, prepared.found)
@@ -326,7 +336,7 @@ def _prove(
 
 
 def _notes(prepared: Prepared, plan: Plan) -> list[str]:
-    notes: list[str] = []
+    notes = [*notes_of(prepared.source)]
     if prepared.heldout is None:
         notes.append("not proven: the model was not run on a text after it was made")
     if plan.format == "dense" and any(p.bits is not None for p in plan.layers.values()):

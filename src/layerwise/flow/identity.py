@@ -14,6 +14,7 @@ from layerwise import __version__
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Checkpoint, ModuleSource
+from layerwise.core.folding import Rewritten, original
 from layerwise.core.packing import raw_bytes
 from layerwise.core.plan import Plan
 from layerwise.flow.preparing import Prepared
@@ -35,8 +36,9 @@ def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> s
 
 def _digest(prepared: Prepared, asked: Any) -> str:
     """Digest of what is asked for, and of the model, texts and device it is asked of."""
-    source = prepared.source
+    source = original(prepared.source)
     said = [__version__, asked, dict(source.config), _device(prepared), prepared.noise_floor]
+    said.append(_rewriting(prepared))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
@@ -57,10 +59,11 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
 
     Without such a text nothing is kept: what weights alone give is made again as fast as read.
     """
-    source, text = prepared.source, prepared.calibration
+    source, text = original(prepared.source), prepared.calibration
     if text is None or cache.folder is None:
         return Candidates(Cache(None), "")
     said = [__version__, torch.__version__, _code(), dict(source.config), _device(prepared)]
+    said.append(_rewriting(prepared))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     if isinstance(source, Checkpoint):
         for file in sorted(set(source.files.values())):
@@ -72,6 +75,10 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
     digest.update(f"{tuple(text.ids.shape)}".encode())
     digest.update(raw_bytes(text.ids))
     return Candidates(cache, digest.hexdigest())
+
+
+def _rewriting(prepared: Prepared) -> str:
+    return prepared.source.told if isinstance(prepared.source, Rewritten) else ""
 
 
 def _device(prepared: Prepared) -> str:

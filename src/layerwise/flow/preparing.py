@@ -15,11 +15,12 @@ from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
+from layerwise.core.folding import Rewriting, pair_peaks, rewrite, stream_of
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
-from layerwise.core.structure import Structure
+from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, Windows, windows
 from layerwise.export.servers import check_server
 from layerwise.flow.loading import need_packages
@@ -60,6 +61,40 @@ class Prepared:
     calibration: Windows | None
     heldout: Windows | None
     noise_floor: bool = False
+
+
+def rewritten(
+    source: Source,
+    asked: Rewriting,
+    texts: Texts,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Source:
+    """A model as it is to be rewritten before anything else is done with it.
+
+    Raises:
+        UserError: It cannot be, or a text that this takes is not there.
+    """
+    if not asked.scale_keys:
+        return rewrite(source, asked)
+    stream = stream_of(source, asked)
+    text = texts.calibration or ("builtin" if source.label == builtin.NAME else None)
+    if text is None:
+        raise UserError(
+            "--scale-keys learns from the keys that a text gives, and no text was given.",
+            "Add --calibration TEXT.",
+        )
+    found = structure(source)
+    shown = windows(source, text, samples=texts.samples, length=texts.length)
+    runner = Runner(source, found, device=_device(device), trust_remote_code=trust_remote_code)
+    keys = [name for name in found.layers if name.endswith(f".{stream.queries[1]}")]
+    watching = {name: pair_peaks(source, name) for name in keys}
+    hidden = runner.start(shown.ids)
+    for block in runner.blocks:
+        inside = {name: one for name, one in watching.items() if name.startswith(block)}
+        hidden = runner.forward(block, hidden, {}, inside)
+    return rewrite(source, asked, {name: one.peaks for name, one in watching.items()})
 
 
 def prepare(

@@ -17,6 +17,7 @@ from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan
 from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
+from layerwise.core.runner import Runner
 from layerwise.core.text import Windows
 from layerwise.evaluate.text import compare
 from layerwise.flow.preparing import Prepared
@@ -56,22 +57,20 @@ class Probe:
     def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
         """The model under a plan against the original; `windows` are those of `ids`."""
         before, after = self._carried(plans)
-        outer = self.runner.outer()
-        answered, original = (
-            self.runner.logits(one, self.ids, {}, outer) for one in (after, before)
-        )
+        answered = self.runner.logits(after, self.ids, {})
+        original = self.runner.original.logits(before, self.ids, {})
         return compare(windows, [answered], original)[0]
 
     def together(self, plans: Mapping[str, LayerPlan]) -> float:
         """KL from the original's answers to those of the model under a plan, in nats per token."""
-        return self._divergence(*self._carried(plans), self.runner.outer())
+        return self._divergence(self.runner.original, *self._carried(plans))
 
     def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Activations, Activations]:
         """The windows after the last block of the original, and of the model under a plan."""
-        count = len(self.ids)
+        count, original = len(self.ids), self.runner.original
         before, after = (
-            self.shelf.keep(name, self.runner.starting(self.ids), count)
-            for name in ("before", "after")
+            self.shelf.keep(name, runner.starting(self.ids), count)
+            for name, runner in (("before", original), ("after", self.runner))
         )
         for block in self.runner.blocks:
             changed: dict[str, Tensor] = {}
@@ -79,7 +78,7 @@ class Probe:
             for name in self._inside(block):
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
-            parts = self.runner.carry(block, before, {})
+            parts = original.carry(block, before, {})
             before = self.shelf.keep("before", parts, count, before)
             parts = self.runner.carry(block, after, changed, answers=answers)
             after = self.shelf.keep("after", parts, count, after)
@@ -108,7 +107,7 @@ class Probe:
         outer, measured = self.runner.outer(), dict.fromkeys(plans, 0.0)
         for number, name in enumerate(names, 1):
             after = carried[count * number : count * (number + 1)]
-            measured[name] = self._divergence(carried[:count], after, outer)
+            measured[name] = self._divergence(self.runner, carried[:count], after, outer)
         return measured
 
     def _with(
@@ -160,12 +159,19 @@ class Probe:
         return lambda inputs: answer(inputs / scale.to(inputs.device))
 
     def _divergence(
-        self, before: Activations, after: Activations, outer: dict[str, Tensor]
+        self,
+        original: Runner,
+        before: Activations,
+        after: Activations,
+        outer: dict[str, Tensor] | None = None,
     ) -> float:
         total, count = 0.0, 0
-        logits = [self.runner.logits(hidden, self.ids, {}, outer) for hidden in (before, after)]
-        for original, changed in zip(*logits, strict=True):
-            p, q = (_scored(answer) for answer in (original, changed))
+        logits = (
+            original.logits(before, self.ids, {}, outer),
+            self.runner.logits(after, self.ids, {}, outer),
+        )
+        for answered, changed in zip(*logits, strict=True):
+            p, q = (_scored(answer) for answer in (answered, changed))
             divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
             total += float(divergence.sum(dtype=torch.float64))
             count += p.numel() // p.shape[-1]

@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from layerwise.core.economy import LAVISH, Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.folding import Rewriting, notes_of
 from layerwise.core.forecast import Outlook
 from layerwise.core.outcome import Comparison, Sweep, SweepPoint
 from layerwise.core.plan import LayerPlan, Plan, to_yaml
@@ -42,7 +43,7 @@ from layerwise.flow import market as markets
 from layerwise.flow import sensitivity
 from layerwise.flow.identity import candidates_of, sweep_identity
 from layerwise.flow.planning import looking_for, make_plan
-from layerwise.flow.preparing import Prepared, Texts, check, prepare
+from layerwise.flow.preparing import Prepared, Texts, check, prepare, rewritten
 from layerwise.flow.probing import Probe
 from layerwise.flow.promising import comparing, fitting, search_foresight
 from layerwise.flow.reporting import SWEEP
@@ -95,6 +96,7 @@ class Setting:
         methods: Ids of all methods of the sweep.
         needing: What else cannot do without a calibration text.
         learning: What else reads the calibration text.
+        rewriting: What the model becomes first.
         economy: What to hold on disk, and how much to take up at a time.
     """
 
@@ -107,11 +109,13 @@ class Setting:
     methods: Sequence[str]
     needing: Sequence[str]
     learning: Sequence[str]
+    rewriting: Rewriting = field(default_factory=Rewriting)
     economy: Economy = LAVISH
 
     def prepared(self) -> Prepared:
         """The model, opened, with its texts."""
-        source = open_source(self.model)
+        how: Any = {"device": self.device, "trust_remote_code": self.trust_remote_code}
+        source = rewritten(open_source(self.model), self.rewriting, self.texts, **how)
         made = prepare(
             source,
             structure(source),
@@ -119,8 +123,7 @@ class Setting:
             self.texts,
             needing=self.needing,
             learning=self.learning,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
+            **how,
         )
         return self.running(made)
 
@@ -247,7 +250,7 @@ def sweep(
         format=points[0].wish.format,
         bytes_before=prepared.source.size,
         seconds=time.perf_counter() - begun,
-        notes=[*_notes(points), *setting.economy.notes()],
+        notes=[*notes_of(prepared.source), *_notes(points), *setting.economy.notes()],
         environment=environment(setting.device),
         recipe=recipe,
     )

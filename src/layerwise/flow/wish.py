@@ -11,6 +11,7 @@ from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, static
 from layerwise.core.errors import UserError
+from layerwise.core.folding import Rewriting, Rotate
 from layerwise.core.plan import Inputs, LayerPlan
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
@@ -59,6 +60,11 @@ class Wish:
             where inputs are rounded.
         options: Options of methods, by id.
         server: What is to load the output; "" for anything that loads the format.
+        rotate: Turn the residual stream, and each head's values, by an orthogonal matrix first:
+            the model stays the same function, and outliers are spread over all entries.
+        rotate_seed: What is random in that matrix.
+        scale_keys: Even out the pairs of keys that rotary embeddings turn first, for a cache of
+            rounded keys; the model stays the same function.
     """
 
     bits: int | None = None
@@ -82,6 +88,9 @@ class Wish:
     format: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     server: str = ""
+    rotate: Rotate = "none"
+    rotate_seed: int = 0
+    scale_keys: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -138,6 +147,11 @@ class Wish:
                 f"{list(self.allow[twice[0]])} as well.",
                 f"Leave one of --{twice[0]} and --allow {twice[0]}= out.",
             )
+
+    @property
+    def rewriting(self) -> Rewriting:
+        """What the model becomes before all else."""
+        return Rewriting(self.rotate, self.rotate_seed, self.scale_keys)
 
     @property
     def shares_bytes(self) -> bool:
