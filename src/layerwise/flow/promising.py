@@ -19,8 +19,9 @@ from layerwise.evaluate.text import compare
 from layerwise.flow.foreseeing import Looking, SearchForesight
 from layerwise.flow.preparing import PROOF_WINDOWS, Prepared
 
-# Beside the tensors that a forecast counts, libraries hold buffers and the allocator leaves gaps.
-_MARGIN = 1.05
+# Beside the tensors that a forecast counts, libraries hold buffers and the allocator leaves gaps:
+# 7.0% at most in all that benchmarks/memory.py has measured.
+_MARGIN = 1.08
 # What the process holds when it foresees a run moves by less than this from one time to the next:
 # a limit that is named must hold the next time too.
 _SWAY = memory.GAPS_BYTES
