@@ -15,6 +15,7 @@ from layerwise.core import memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
+from layerwise.core.folding import Rewritten
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan, words_of
 from layerwise.core.runner import Runner
@@ -165,6 +166,7 @@ class Foresight:
         told = memory.resident_bytes()
         memory.settle()
         self._base = memory.resident_bytes() + memory.GAPS_BYTES
+        self._base += source.making if isinstance(source, Rewritten) else 0
         self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
         self._sampled += max(0, told - self._base)
 
