@@ -175,6 +175,12 @@ class Rewritten:
         """Bytes of the model's own files, which results are compared with."""
         return self.base.size
 
+    @property
+    def making(self) -> int:
+        """Bytes that making a tensor takes at most: as it was, turned, and as it is stored."""
+        whole = (self.tensors[name] for name, one in self.changes.items() if one.together > 1)
+        return 3 * torch.float32.itemsize * max((info.count for info in whole), default=0)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor as it has become, or rows of it, in the dtype that it is stored in."""
         change, info = self.changes.get(name), self.tensors[name]

@@ -16,6 +16,7 @@ from layerwise.core import memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
+from layerwise.core.folding import Rewritten
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan, sampling, words_of
 from layerwise.core.runner import Runner
@@ -198,6 +199,7 @@ class Foresight:
             # What is outside the blocks is then held as it was and as it is stored.
             self.around = any(format.rest(info) != info for info in infos)
         self._base, self._sampled = ground(self._samples.values())
+        self._base += source.making if isinstance(source, Rewritten) else 0
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
         """Foresee the run."""
