@@ -140,7 +140,11 @@ class Allotted(Coded):
         Claim("gptq", "bytes-wikitext/quantize", _ANY, 0.0, _SOURCE),
         Claim("gptq", "bytes-wikitext/quantize", _TWO, 0.0, _SOURCE),
     ),
-    exempt={"pruned_weights_stay_zero": "a zero moves to absorb the errors of its row"},
+    exempt={
+        "pruned_weights_stay_zero": "a zero moves to absorb the errors of its row",
+        "each_bit_quarters_the_loss": "a column that chance lets lose nothing in the first pass "
+        "gets no bits in the second",
+    },
     codes="own",
     widths=range(1, 9),
     stores=Allotted,
@@ -168,11 +172,12 @@ def baq(
 
         s_j = (max - min) / (n_j - 1),    zero = round(-min / s_j)
 
-    Ranges are those of the weight as given, and a column of one point is 0.0.  Widths are whole
-    numbers of bits, handed out one by one to the column that gains most by another, until
-    bits * in are spent.  With `real`, n_j = round(2^R_j) may be any number, and codes of a column
-    are digits of numbers to that base, as many as 64 bits hold; all n_j are lowered or raised
-    together until that fills the same room.
+    A range is that of its group when its first column is reached: with one group, that of the row
+    as given.  A column of one point is 0.0.  Widths are whole numbers of bits, handed out one by
+    one to the column that gains most by another, until bits * in are spent.  With `real`,
+    n_j = round(2^R_j) may be any number, and codes of a column are digits of numbers to that
+    base, as many as 64 bits hold; all n_j are lowered or raised together until that fills the
+    same room.
 
     Unlike the paper, which reports bits that no storage could have, what we compare at is what is
     stored, and a note says both.  Unlike the authors' code, both passes see the inputs that
@@ -227,21 +232,20 @@ def baq(
 
 
 class _Columns:
-    """Rounds columns on ranges that are fixed, each to its number of points."""
+    """Rounds columns, each to its number of points, on ranges fitted when groups are reached."""
 
     def __init__(self, weight: Float[Tensor, "out in"], group: int, symmetric: bool) -> None:
         self.group, self.symmetric = group, symmetric
-        grouped = by_group(weight, group)  # (out, groups, group)
-        low, high = (-grouped.amin(dim=-1)).clamp(min=0), grouped.amax(dim=-1).clamp(min=0)
-        if symmetric:
-            low = high = torch.maximum(low, high)
-        self.low, self.high = -_outward(low), _outward(high)
+        self.low, self.high = _ends(weight, group, symmetric)
         self.levels: list[int] = []
         self.codes = torch.empty(weight.shape[1], len(weight), dtype=torch.int32)
 
     def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
         """The nearest points; their codes are kept."""
         at, count = j // self.group, self.levels[j]
+        if j % self.group == 0:
+            ends = _ends(left[j : j + self.group].T, self.group, self.symmetric)
+            self.low[:, at], self.high[:, at] = ends[0][:, 0], ends[1][:, 0]
         levels = torch.tensor([count])
         step, zero = _steps(self.low[:, at], self.high[:, at], levels, self.symmetric)
         codes = (left[j] / step).round().add(zero).clamp(0, count - 1)
@@ -257,7 +261,7 @@ def _losses(
 ) -> Float[Tensor, " in"]:
     """What each column loses when columns are rounded to so many points."""
     rounder.levels = levels.tolist()
-    missed = feed_back(weight, factored, rounder, 1)
+    missed = feed_back(weight, factored, rounder, rounder.group)
     return missed.double().square().sum(dim=1) * factored.importance / 2
 
 
@@ -312,6 +316,17 @@ def _any_levels(
 def _bits_for(losses: Float[Tensor, " in"], theta: float) -> Float[Tensor, " in"]:
     # A column that loses nothing is one that loses next to nothing.
     return losses.clamp(min=torch.finfo(torch.float64).tiny).log2() / theta
+
+
+def _ends(
+    weight: Float[Tensor, "out width"], group: int, symmetric: bool
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """The least and the greatest value of each group, widened to hold 0.0."""
+    grouped = by_group(weight, group)  # (out, groups, group)
+    low, high = (-grouped.amin(dim=-1)).clamp(min=0), grouped.amax(dim=-1).clamp(min=0)
+    if symmetric:
+        low = high = torch.maximum(low, high)
+    return -_outward(low), _outward(high)
 
 
 def _outward(size: Float[Tensor, "*range"]) -> Float[Tensor, "*range"]:
