@@ -28,7 +28,7 @@ from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
-from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.wish import Wish
@@ -98,10 +98,10 @@ def measure(
     prepared = prepare(source, found, [*chosen, *steps], texts, proof="none", **where)
     for level in tried:
         check_level(prepared, wanted, level)
-    layers = found.layers.items()
+    even = [everywhere(level, found, source, wanted.options) for level in tried]
     return survey(
         prepared,
-        {name: [for_layer(level, layer) for level in tried] for name, layer in layers},
+        {name: [plans[name] for plans in even] for name in found.layers},
         options=wanted.options,
         measures=chosen,
         progress=progress or Silent(),
@@ -116,6 +116,7 @@ def plan(
     length: int = 256,
     text: Text | None = None,
     text_samples: int = 32,
+    max_memory: str = "",
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
@@ -132,6 +133,8 @@ def plan(
         length: Tokens per window.
         text: Text that a limit on the KL is to hold on.
         text_samples: Windows of it.
+        max_memory: The most memory that may be held now, or when the plan is carried out without
+            a proof, such as "4GiB"; "" for no limit.
         cache: Keep what is made of layers, so that another budget takes seconds.
         cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
@@ -140,7 +143,7 @@ def plan(
         wish: Fields of `Wish`: bits or budget, method, group, symmetric, density, rank …
 
     Raises:
-        UserError: The wish cannot be met.
+        UserError: The wish cannot be met, or not within `max_memory`.
     """
     wanted = Wish(**wish)
     texts = Texts(calibration, samples, length, text, text_samples)
@@ -158,7 +161,7 @@ def plan(
     )
     with caches.opened(cache_bytes, lasting=cache) as kept:
         candidates = candidates_of(prepared, kept)
-        made = make_plan(prepared, wanted, candidates, progress or Silent()).plan
+        made = make_plan(prepared, wanted, candidates, progress or Silent(), max_memory).plan
     check(prepared, made)
     return made
 
@@ -302,6 +305,7 @@ def sweep(
     text_samples: int = 32,
     processes: int = 1,
     ray: str = "",
+    max_memory: str = "",
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
     device: str = "cpu",
@@ -329,6 +333,8 @@ def sweep(
         processes: Find points in so many processes.
         ray: Find them on the Ray cluster at this address; "auto" for the one that is there, or
             one of this machine alone.
+        max_memory: The most memory that all processes may hold together, such as "4GiB", or each
+            of them on a cluster; "" for no limit.
         cache: Keep what is made of layers for other runs.
         cache_bytes: Most that all that is kept may take.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
@@ -363,6 +369,7 @@ def sweep(
             progress or Silent(),
             processes=processes,
             ray=ray,
+            max_memory=max_memory,
             recipe=recipe or {},
         )
         publish(found, target)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from layerwise.core.errors import UserError
-from layerwise.quantize import gptq as module
+from layerwise.quantize import _feedback as module
 from layerwise.quantize._grid import fit
 from layerwise.quantize.gptq import gptq
 from layerwise.quantize.rtn import rtn

@@ -82,6 +82,7 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_wish(chosen, given),
             text=chosen.text,
             text_samples=chosen.text_samples,
+            max_memory=chosen.max_memory,
             **_cache(chosen),
             progress=bars,
         )
@@ -179,6 +180,7 @@ def sweep(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         "text_samples": chosen.text_samples,
         "processes": chosen.processes,
         "ray": chosen.ray,
+        "max_memory": chosen.max_memory,
         **_cache(chosen),
         **_machine(chosen),
     }

@@ -163,6 +163,7 @@ def _sweep(commands: Any, arguments: Sequence[str]) -> None:
     )
     _cache(made)
     _machine(made)
+    _memory(made)
 
 
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:

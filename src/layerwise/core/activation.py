@@ -47,12 +47,12 @@ class Activation:
             return cls(scheme)
         assert peak is not None
         largest = peak.max() if len(peak) else peak.new_zeros(())
-        return cls(scheme, (largest / _TOP[_kind(scheme)]).clamp(min=_LEAST).float().reshape(1))
+        return cls(scheme, (largest / _TOP[kind(scheme)]).clamp(min=_LEAST).float().reshape(1))
 
     @property
     def whole(self) -> bool:
         """The codes are whole numbers."""
-        return _kind(self.scheme) != "fp8"
+        return kind(self.scheme) != "fp8"
 
     def codes(
         self, inputs: Float[Tensor, "tokens in"]
@@ -62,7 +62,7 @@ class Activation:
         With one step a token it is max |x| / top; whole numbers go from -top - 1 to top, and what
         lies beyond a static scale's range becomes its end.
         """
-        top = _TOP[_kind(self.scheme)]
+        top = _TOP[kind(self.scheme)]
         if self.scale is None:
             step = (inputs.abs().amax(dim=-1, keepdim=True) / top).clamp(min=_LEAST)
         else:
@@ -83,5 +83,6 @@ def static(scheme: str) -> bool:
     return scheme.endswith("-static")
 
 
-def _kind(scheme: str) -> str:
+def kind(scheme: str) -> str:
+    """What a scheme rounds to, whatever its scales."""
     return scheme.removesuffix("-static")

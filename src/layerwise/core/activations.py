@@ -1,7 +1,9 @@
 """What is carried from block to block: windows of activations, in memory or in a file."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.packing import raw_bytes
 
 
 @runtime_checkable
@@ -101,6 +104,79 @@ def filled(parts: Iterable[Tensor], windows: int, into: Tensor | None = None) ->
     assert made is not None, "there are no windows"
     assert at == windows, f"{at} windows came, {windows} were to come"
     return made
+
+
+def stored(
+    path: Path,
+    parts: Iterable[Tensor],
+    windows: int,
+    header: Callable[[TensorInfo], bytes] = lambda _: b"",
+) -> Stored:
+    """Write activations to a file as they come.
+
+    Args:
+        path: The file.
+        parts: Windows, in order; none of them is read from this file.
+        windows: How many will come.
+        header: What the file begins with.
+    """
+    made: Stored | None = None
+    at = 0
+    with path.open("wb") as handle:
+        for part in parts:
+            if made is None:
+                info = TensorInfo(path.name, part.dtype, (windows, *part.shape[1:]))
+                begun = header(info)
+                handle.write(begun)
+                handle.flush()
+                made = Stored(path, len(begun), info)
+            each = made.info.size // windows
+            write_at(handle.fileno(), raw_bytes(part), made.offset + at * each)
+            at += len(part)
+    assert made is not None, "there are no windows"
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Where activations lie that nobody needs after this process: in memory, or in a folder."""
+
+    folder: Path | None = None
+
+    def keep(
+        self, name: str, parts: Iterable[Tensor], windows: int, into: Activations | None = None
+    ) -> Activations:
+        """Activations as they come; those that had the name may be read meanwhile, and are gone.
+
+        Args:
+            name: What they are.
+            parts: Windows, in order.
+            windows: How many will come.
+            into: What may be overwritten as they come: see `filled`.
+        """
+        if self.folder is None:
+            return filled(parts, windows, into if isinstance(into, Tensor) else None)
+        path = self.folder / name
+        made = stored(path.with_name(f"{name}.new"), parts, windows)
+        made.path.replace(path)
+        return Stored(path, made.offset, made.info)
+
+
+@contextlib.contextmanager
+def shelf(on_disk: bool, folder: Path | None) -> Generator[Shelf]:
+    """A shelf for some work, in a folder of its own where it is on disk.
+
+    Args:
+        on_disk: Whether it is.
+        folder: Where its folder is made; None for where the system has temporary files.
+    """
+    if not on_disk:
+        yield Shelf()
+        return
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="activations-", dir=folder) as made:
+        yield Shelf(Path(made))
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:

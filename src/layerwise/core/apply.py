@@ -99,6 +99,7 @@ def transform(
     plans: Sequence[LayerPlan],
     options: Mapping[str, Mapping[str, Any]],
     made: Made | None = None,
+    coded: Mapping[str, Coded] | None = None,
 ) -> list[Transformed]:
     """Transform layers that read the same input.
 
@@ -112,6 +113,7 @@ def transform(
         plans: One plan for each.
         options: Options of methods, by method id.
         made: What methods made of these layers before, to be used again and added to.
+        coded: Codes that were learned together with those of other layers, by layer.
 
     Raises:
         UserError: A weight is not finite, or a method reads evidence that is not there.
@@ -124,8 +126,8 @@ def transform(
     done: dict[int, Transformed] = {}
     for numbers in alike.values():
         chosen = [weights[n] for n in numbers]
-        names = [layers[n].name for n in numbers]
-        parts = _run_steps(names, chosen, evidence, plans[numbers[0]], options, made)
+        given = [layers[n] for n in numbers]
+        parts = _run_steps(given, chosen, evidence, plans[numbers[0]], options, made, coded or {})
         for number, part in zip(numbers, parts, strict=True):
             done[number] = _finished(layers[number], plans[number], weights[number], part, evidence)
     return [done[number] for number in range(len(layers))]
@@ -142,23 +144,29 @@ class _Part:
 
 
 def _run_steps(
-    names: Sequence[str],
+    layers: Sequence[Layer],
     weights: Sequence[Tensor],
     evidence: Mapping[str, Any],
     plan: LayerPlan,
     options: Mapping[str, Mapping[str, Any]],
     made: Made | None,
+    coded: Mapping[str, Coded],
 ) -> list[_Part]:
     parts = [_Part(weight.clone() if not plan.steps else weight) for weight in weights]
+    names = [layer.name for layer in layers]
     made, path = {} if made is None else made, (tuple(names),)
     for id, fixed in plan.steps:
         method = catalogue.get(id)
         given = dict(options.get(id, {})) | fixed
         if given.get("group") == 0:
             given["group"] = weights[0].shape[1]
+        if "fold" in method.options:
+            given["fold"] = bool(layers[0].feeder)
         rank = given.get("rank", 0) if method.nested else 0
         told = tuple(sorted(item for item in given.items() if not (rank and item[0] == "rank")))
         path = (*path, (id, told))
+        if method.verb == "quantize" and all(name in coded for name in names):
+            made[path] = [coded[name] for name in names]
         if path not in made or (rank and made[path][0].rank < rank):
             made[path] = _run(method, names, weights, parts, evidence, given)
         results = [one.truncated(rank) for one in made[path]] if rank else made[path]

@@ -78,6 +78,12 @@ class Candidates:
         told = json.dumps([self.origin, *parts], sort_keys=True, default=str)
         return hashlib.sha256(told.encode()).hexdigest()
 
+    def has(self, layer: Layer, plan: LayerPlan, options: Options) -> bool:
+        """Whether a layer under a plan is kept, whole or not."""
+        keys = [self._losses_key(layer), self._base_key(layer, plan, options)]
+        keys += [self._correction_key(layer, plan, options)] if plan.rank else []
+        return all(self.cache.has(key) for key in keys)
+
     def find(self, layer: Layer, plan: LayerPlan, options: Options) -> Transformed | None:
         """A layer under a plan; None if it is not kept."""
         losses = self.losses(layer, [plan], options)

@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
 
 from layerwise.core.activation import Scheme
 from layerwise.core.errors import UserError
+from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "calibration", "gradients", "models"]
@@ -38,7 +39,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
-        "attention": "calibration",  # (tokens,), what each token received in its block's heads
+        "attention": "calibration",  # (windows, length), what tokens received in all heads
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
@@ -46,8 +47,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 )
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
 
-# Options that a plan says for each layer, or a budget for all of them.
-_PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget"})
+# Options that a plan says for each layer, or a budget for all of them; `fold` says whether
+# something that feeds the layer can take its scales.
+_PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
@@ -123,6 +125,8 @@ class Method:
     nested: bool = False
     stores: type[Coded] = Quantized
     activates: Scheme | Literal[""] = ""
+    learns: Callable[..., Learned] | None = None
+    settles: Callable[..., Mapping[str, Any]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -155,6 +159,11 @@ class Method:
         """The options that neither a layer's plan nor a budget sets."""
         return {name: option for name, option in self.options.items() if name not in _PLANNED}
 
+    @property
+    def must_fold(self) -> bool:
+        """It cannot be used on a layer that nothing feeds which can take its scales."""
+        return self.rows == "input" and "fold" not in self.options
+
     def accepts(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the given options that this method has."""
         return {name: value for name, value in given.items() if name in self.options}
@@ -183,6 +192,8 @@ class Verb(Generic[R]):
         nested: bool = False,
         stores: type[Coded] = Quantized,
         activates: Scheme | Literal[""] = "",
+        learns: Callable[..., Learned] | None = None,
+        settles: Callable[..., Mapping[str, Any]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -191,13 +202,20 @@ class Verb(Generic[R]):
             claims: The inequalities that `layerwise claims` checks; baselines have none.
             exempt: Laws this method breaks by design, each with the reason.
             rows: How the rows of a weight hang together; a law holds methods to it.
-            unit: What a measure scores: one layer, or one block with all its layers.
+            unit: What a measure scores, or codes are learned for: one layer, or one block with all
+                its layers.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
             nested: The correction of a lower rank is the first part of one of a higher rank.
             stores: What a quantizer returns, which says how its codes are stored.
             activates: How a quantizer rounds the inputs of its layers where the plan does not
                 say; some of them may have a scale for each token where others have one for all.
+            learns: What makes a layer whose codes are to be learned, from the same arguments.  With
+                the unit "block" those of a block are learned together where a model runs block by
+                block; the function itself learns those of one layer.
+            settles: What a quantizer makes of a plan when the plan is made, for layouts are known
+                before weights are read: takes the weight, (out, in), and every option, and returns
+                fields of the layer's plan, of which `why` says the reason.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -219,6 +237,8 @@ class Verb(Generic[R]):
                 nested,
                 stores,
                 activates,
+                learns,
+                settles,
             )
             self._check(method)
             _methods[method.id] = method

@@ -1,10 +1,10 @@
 """How much a run takes up at a time: what it may be told to do with less memory."""
 
 import math
-import re
 from dataclasses import dataclass
 
 from layerwise.core.errors import UserError
+from layerwise.core.written import UNITS, bytes_of
 
 # Tokens that go through a block at once.  More would gain no speed and take memory.
 MICRO_BATCH_TOKENS = 2048
@@ -13,7 +13,6 @@ LOGITS_BYTES = 1 << 26
 # Rows of a tensor that are read at once.
 READ_BYTES = 1 << 24
 _FLOAT = 4  # bytes
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +72,21 @@ def memory_limit(written: str) -> int:
     """The bytes that a limit of memory allows.
 
     Raises:
-        UserError: It is not written as one.
+        UserError: It is not written as one, or allows nothing.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]?i?B)\s*", written)
-    if not match or match[2] not in _UNITS or not float(match[1]):
+    try:
+        size = bytes_of(written)
+    except UserError:
+        size = 0
+    if not size:
         raise UserError(
             f"{written!r} is not an amount of memory.", "Write it as 4GiB, 800MiB or 1.5GB."
         )
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def shown(size: int) -> str:
     """Bytes in words that `memory_limit` reads, rounded up."""
-    if size >= _UNITS["GiB"]:
-        return f"{math.ceil(100 * size / _UNITS['GiB']) / 100:.2f}GiB"
-    return f"{math.ceil(size / _UNITS['MiB'])}MiB"
+    if size >= UNITS["GiB"]:
+        return f"{math.ceil(100 * size / UNITS['GiB']) / 100:.2f}GiB"
+    return f"{math.ceil(size / UNITS['MiB'])}MiB"

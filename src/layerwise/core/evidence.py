@@ -90,10 +90,10 @@ class AttentionCollector:
 
     def see(self, received: Tensor) -> None:
         """Take in a batch of windows, (batch, length)."""
-        self._seen.append(received.float().cpu().flatten())
+        self._seen.append(received.float().cpu())
 
     def evidence(self) -> Mapping[str, Any]:
-        """The evidence, (tokens,), window after window.
+        """The evidence, (windows, length); flattened, its tokens lie as `inputs` do.
 
         Raises:
             UserError: No attention was seen: the block has none, or computes it in its own way.

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core.activations import Shelf
 from layerwise.core.evidence import GradientCollector
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
@@ -13,7 +14,11 @@ from layerwise.core.structure import Layer
 
 
 def output_fisher(
-    runner: Runner, layers: Sequence[Layer], ids: Tensor, progress: Progress
+    runner: Runner,
+    layers: Sequence[Layer],
+    ids: Tensor,
+    progress: Progress,
+    shelf: Shelf = Shelf(),  # noqa: B008
 ) -> dict[str, Float[Tensor, " out"]]:
     """Diagonal of the Fisher information of each layer's outputs, in nats per predicted token.
 
@@ -34,22 +39,21 @@ def output_fisher(
         layers: Layers to look at.
         ids: Token ids, (windows, length), or whatever the model takes a batch of.
         progress: Is told of each block.
+        shelf: Where what each block sees is kept until the gradient comes back to it.
     """
     progress.stage("gradients", len(runner.blocks))
-    seen = [runner.start(ids)]
-    for block in runner.blocks:
-        seen.append(runner.forward(block, seen[-1], {}))
+    seen = [shelf.keep("seen-0", runner.starting(ids), len(ids))]
+    for number, block in enumerate(runner.blocks, 1):
+        parts = runner.carry(block, seen[-1], {})
+        seen.append(shelf.keep(f"seen-{number}", parts, len(ids)))
     generator = torch.Generator().manual_seed(0)
     predicted = 0
 
     def log_likelihood(logits: Tensor) -> Tensor:
         nonlocal predicted
-        # The last position of a window predicts a token outside of it.
-        scored = (logits[:, :-1] if logits.dim() > 2 else logits).log_softmax(dim=-1)
-        flat = scored.flatten(0, -2)
-        drawn = flat.detach().exp().cpu().multinomial(1, generator=generator).to(flat.device)
-        predicted += len(flat)
-        return flat.gather(1, drawn).sum()
+        chosen = drawn(logits, generator)
+        predicted += len(chosen)
+        return chosen.sum()
 
     gradient = runner.gradient(seen.pop(), ids, log_likelihood)
     found: dict[str, Tensor] = {}
@@ -60,3 +64,12 @@ def output_fisher(
         found |= {name: (one.squares / predicted).float() for name, one in collectors.items()}
         progress.step(block)
     return found
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Float[Tensor, "predicted 1"]:
+    """Log-probabilities of tokens that are drawn from a model's own answer."""
+    # The last position of a window predicts a token outside of it.
+    scored = (logits[:, :-1] if logits.dim() > 2 else logits).log_softmax(dim=-1)
+    flat = scored.flatten(0, -2)
+    tokens = flat.detach().exp().cpu().multinomial(1, generator=generator).to(flat.device)
+    return flat.gather(1, tokens)

@@ -1,12 +1,13 @@
 """What a run will take, said before it starts: bytes, memory, time.
 
 Memory is foreseen as the most that any stage of a run holds: what the process holds before, plus
-named terms, each counted from shapes or measured on a sample.  `_Stages` is the whole model.
+named terms, each counted from shapes or measured on a sample.  `_Walking` is the model of a run
+block by block.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
 from layerwise.core.folding import Rewritten
 from layerwise.core.format import Format
-from layerwise.core.plan import LayerPlan, Plan, words_of
+from layerwise.core.plan import LayerPlan, Plan, sampling, words_of
 from layerwise.core.runner import Runner
 from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.stream import ROW_STEP, rows_at_once, threads
@@ -26,26 +27,24 @@ from layerwise.core.walk import by_block, together
 
 _ENTRIES = 1 << 20  # of the largest sample
 _SIDE = 1024  # of the product that is timed
+_FEW_BYTES = 1 << 20  # of a slice whose encoding is measured
 _FLOAT = 4  # bytes
 _LOADING, _ANSWERING = "loading the files back", "running what was loaded"
 LOAD_BACK = frozenset({_LOADING, _ANSWERING})
+FORESEEING, COPYING = "foreseeing the run", "copying a tensor"
 _DISK_RATE = 1e9  # bytes per second, read or written
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What is foreseen.
+@dataclass(frozen=True)
+class Outlook:
+    """What is foreseen of some work.
 
     Attributes:
-        size_bytes: Weight files of the output, exact.
-        disk_bytes: Most room taken on the output's disk: the output, and what is staged beside it.
         peak_bytes: Most memory held at once.
         seconds: Wall time from here.
         stages: The memory that each stage holds.
     """
 
-    size_bytes: int
-    disk_bytes: int
     peak_bytes: int
     seconds: float
     stages: Mapping[str, int]
@@ -54,6 +53,19 @@ class Forecast:
     def fullest(self) -> str:
         """The stage that holds the most."""
         return max(self.stages, key=lambda stage: self.stages[stage])
+
+
+@dataclass(frozen=True)
+class Forecast(Outlook):
+    """What is foreseen of a run.
+
+    Attributes:
+        size_bytes: Weight files of the output, exact.
+        disk_bytes: Most room taken on the output's disk: the output, and what is staged beside it.
+    """
+
+    size_bytes: int
+    disk_bytes: int
 
     def words(self) -> str:
         """One line for people."""
@@ -96,6 +108,17 @@ class Passes:
     floor: bool = False
     apart: int = 0
 
+    def economies(self) -> list[Economy]:
+        """Ways to run it, each with less memory than the one before."""
+        texts = [ids for ids in (self.calibration, self.heldout) if ids is not None]
+        window = max((ids.shape[1] for ids in texts if ids.dim() > 1), default=1)
+        tried = [LAVISH, Economy(on_disk=True), Economy(on_disk=True, input_by_input=True)]
+        tokens = MICRO_BATCH_TOKENS // 2
+        while tokens >= window and not self.runner.whole:
+            tried.append(Economy(on_disk=True, input_by_input=True, tokens=tokens))
+            tokens //= 2
+        return tried
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -123,6 +146,14 @@ class _Group:
         return _FLOAT * self.layers[0].width ** 2
 
 
+def ground(samples: Iterable[Sample]) -> tuple[int, int]:
+    """What the process holds before any stage, and what foreseeing them held beside that."""
+    told = memory.resident_bytes()
+    memory.settle()
+    base = memory.resident_bytes() + memory.GAPS_BYTES
+    return base, max((sample.held for sample in samples), default=0) + max(0, told - base)
+
+
 class Foresight:
     """Everything about a run that is measured; `forecast` is then arithmetic.
 
@@ -134,6 +165,7 @@ class Foresight:
         size: Bytes of its weight files.
         beside: Bytes of its other files.
         passes: What is run through the model; None if tensors are streamed.
+        before: The most memory that was held, or foreseen, before the run.
     """
 
     def __init__(
@@ -146,6 +178,7 @@ class Foresight:
         size: int,
         beside: int,
         passes: Passes | None,
+        before: int,
     ) -> None:
         self.source = source
         self.found = found
@@ -154,21 +187,19 @@ class Foresight:
         self.size = size
         self.beside = beside
         self.passes = passes
+        self.before = before
         self._samples: dict[object, Sample] = {}
+        self._encodings: dict[object, float] = {}
         if passes is None:
             self._streamed = [self._slice(layer) for layer in self.planned()]
         else:
             self._blocks = [self._groups(block) for block in found.blocks]
-            self._passing = _Passing(passes)
+            self._passing = Passing(passes)
             infos = [source.tensors[name] for name in by_block(passes.runner)[1]]
             # What is outside the blocks is then held as it was and as it is stored.
             self.around = any(format.rest(info) != info for info in infos)
-        told = memory.resident_bytes()
-        memory.settle()
-        self._base = memory.resident_bytes() + memory.GAPS_BYTES
+        self._base, self._sampled = ground(self._samples.values())
         self._base += source.making if isinstance(source, Rewritten) else 0
-        self._sampled = max((sample.bytes for sample in self._samples.values()), default=0)
-        self._sampled += max(0, told - self._base)
 
     def forecast(self, economy: Economy = LAVISH) -> Forecast:
         """Foresee the run."""
@@ -177,11 +208,11 @@ class Foresight:
         else:
             walk = _Walking(self, self.passes, self._blocks, self._passing, economy)
             stages, seconds, staged = walk.stages(), walk.seconds(), walk.staged
-        stages["foreseeing the run"] = self._sampled
+        stages[FORESEEING] = self._sampled
         return Forecast(
             size_bytes=self.size,
             disk_bytes=self.size + self.beside + staged,
-            peak_bytes=max(memory.peak_bytes(), self._base + max(stages.values())),
+            peak_bytes=max(self.before, self._base + max(stages.values())),
             seconds=seconds,
             stages={name: self._base + held for name, held in stages.items()},
         )
@@ -193,14 +224,7 @@ class Foresight:
         """
         if self.passes is None:
             return [LAVISH, Economy(read_bytes=READ_BYTES // 16)]
-        texts = [ids for ids in (self.passes.calibration, self.passes.heldout) if ids is not None]
-        window = max((ids.shape[1] for ids in texts if ids.dim() > 1), default=1)
-        tried = [LAVISH, Economy(on_disk=True), Economy(on_disk=True, input_by_input=True)]
-        tokens = MICRO_BATCH_TOKENS // 2
-        while tokens >= window and not self.passes.runner.whole:
-            tried.append(Economy(on_disk=True, input_by_input=True, tokens=tokens))
-            tokens //= 2
-        return tried
+        return self.passes.economies()
 
     # Weights alone
 
@@ -226,7 +250,28 @@ class Foresight:
             (work.bytes + (read if slices > 1 else 0) for _, slices, work in self._streamed),
             default=0,
         )
-        return {"copying a tensor": read, "transforming a layer": most}
+        return {COPYING: self.copying(economy), "transforming a layer": most}
+
+    def copying(self, economy: Economy) -> int:
+        """A slice of a tensor that no plan changes: in a mapping of its file, read, encoded."""
+        planned = {layer.tensor for layer in self.planned()}
+        rest = [info for info in self.source.tensors.values() if info.name not in planned]
+        slices = ((min(economy.read_bytes, info.size), self._encoding(info)) for info in rest)
+        return max((int(size * (2 + encoding)) for size, encoding in slices), default=0)
+
+    def _encoding(self, info: TensorInfo) -> float:
+        """Bytes that encoding such a tensor takes, for each of its own."""
+        kept = self.format.rest(info)
+        if kept is None or not info.count or len(info.shape) < 2:
+            return 0.0
+        key = (kept.dtype, info.dtype, info.shape[1:])
+        if key not in self._encodings:
+            together = self.format.together(info)
+            few = max(1, _FEW_BYTES * info.shape[0] // info.size // together) * together
+            rows = torch.zeros(min(few, info.shape[0]), *info.shape[1:], dtype=info.dtype)
+            made = sampled(lambda: self.format.encode_rest(info, rows))
+            self._encodings[key] = made.bytes / rows.nbytes
+        return self._encodings[key]
 
     def _streaming_seconds(self) -> float:
         work = sum(slices * one.seconds for _, slices, one in self._streamed)
@@ -236,7 +281,9 @@ class Foresight:
 
     def _groups(self, block: str) -> list[_Group]:
         layers = [layer for layer in self.found.layers.values() if layer.block == block]
-        return [_Group(group, self._work(group)) for group in together(layers, self.plan)]
+        return [
+            _Group(group, self._work(group)) for group in together(layers, self.plan, whole=True)
+        ]
 
     def _work(self, group: Sequence[Layer]) -> Sample:
         """What transforming layers that read one input takes; measured once for all alike."""
@@ -253,7 +300,7 @@ class Foresight:
             def work(side: float) -> "_Work":
                 return _Work(group, plans, self.plan, self.format, dtype, side)
 
-            self._samples[key] = scaled(work, _sides(group))
+            self._samples[key] = scaled(work, sides_of(group))
         return self._samples[key]
 
 
@@ -273,29 +320,22 @@ class _Work:
         self.format = format
         self.dtype = dtype
         self.layers = [
-            _smaller(layer, side, _rows_together(format, layer, one, dtype))
+            smaller(layer, side, _rows_together(format, layer, one, dtype))
             for layer, one in zip(group, plans, strict=True)
         ]
         self.plans = [
             replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
         ]
-        width = self.layers[0].width
         words = words_of(plans)
-        evidence = {
-            "gram": lambda: torch.eye(width),
-            "magnitude": lambda: torch.ones(width),
-            "peak": lambda: torch.ones(width),
-            "attention": lambda: torch.ones(1),
-            "inputs": lambda: torch.ones(1, width),
-        }
-        self.evidence = {word: made() for word, made in evidence.items() if word in words}
+        self.evidence = evidence_of(words, self.layers[0].width)
+        self.options = sampling(plans, plan.options)
 
     def __call__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = [
             torch.randn(layer.rows, layer.width, generator=generator) for layer in self.layers
         ]
-        done = transform(self.layers, weights, self.evidence, self.plans, self.plan.options)
+        done = transform(self.layers, weights, self.evidence, self.plans, self.options)
         del weights
         restored: list[torch.Tensor] = []
         while done:
@@ -307,12 +347,25 @@ class _Work:
             self.format.encode(result, info)
 
 
-def _smaller(layer: Layer, side: float, together: int) -> Layer:
+def smaller(layer: Layer, side: float, together: int) -> Layer:
+    """A layer with sides so many times as long; its rows are a multiple of so many."""
     rows = max(1, round(layer.rows * side))
     if rows < layer.rows:
         rows = min(layer.rows, max(together, rows // together * together))
     width = round(layer.width * side)
     return replace(layer, rows=rows, width=width, layout="linear", expert=None)
+
+
+def evidence_of(words: Collection[str], width: int) -> dict[str, torch.Tensor]:
+    """Evidence that a sample can do with."""
+    made = {
+        "gram": lambda: torch.eye(width),
+        "magnitude": lambda: torch.ones(width),
+        "peak": lambda: torch.ones(width),
+        "attention": lambda: torch.ones(1, 1),
+        "inputs": lambda: torch.ones(1, width),
+    }
+    return {word: made[word]() for word in made if word in words}
 
 
 def _rows_together(format: Format, layer: Layer, plan: LayerPlan, dtype: torch.dtype) -> int:
@@ -321,7 +374,7 @@ def _rows_together(format: Format, layer: Layer, plan: LayerPlan, dtype: torch.d
     return math.lcm(together, ROW_STEP) if format.whole(plan) else together
 
 
-def _sides(group: Sequence[Layer]) -> Sequence[float]:
+def sides_of(group: Sequence[Layer]) -> Sequence[float]:
     """How long the sides of samples are, a layer's own being 1."""
     width, rows = group[0].width, sum(layer.rows for layer in group)
     most = math.sqrt(_ENTRIES / (rows * width))
@@ -336,7 +389,7 @@ def _sides(group: Sequence[Layer]) -> Sequence[float]:
     return [one / width for one in sorted(widths, reverse=True)]
 
 
-class _Passing:
+class Passing:
     """What one window takes on its way through a model, with weights that take no memory."""
 
     def __init__(self, passes: Passes) -> None:
@@ -346,7 +399,7 @@ class _Passing:
         self.block = max(runner.blocks, key=runner.block_bytes)
         hidden = runner.start(first)
         self.window = 0 if runner.whole else hidden.numel() * hidden.element_size()
-        nothing = Sample(0, 0.0)
+        nothing = Sample(0, 0.0, 0)
         self.embedding = nothing if runner.whole else sampled(lambda: [*runner.starting(first)])
         self.through = sampled(lambda: [*runner.carry(self.block, hidden, {})])
         self.ending = nothing
@@ -363,7 +416,7 @@ class _Walking:
     seen: Foresight
     passes: Passes
     blocks: Sequence[Sequence[_Group]]
-    passing: _Passing
+    passing: Passing
     economy: Economy
 
     @property
@@ -397,8 +450,14 @@ class _Walking:
 
     @property
     def staged(self) -> int:
-        """Bytes of activations on disk: those of a step, and of the one before."""
-        return 2 * self.carried
+        """Bytes of activations on disk: those of a step, and of the one before.
+
+        What the original sees of the calibration text is none that a stopped run needs.
+        """
+        aside = self.seen.plan.inputs == "original" and not self.economy.on_disk
+        calibration = 0 if self.passes.calibration is None else len(self.passes.calibration)
+        steps = len(self.runner.blocks) + self.economy.on_disk
+        return min(2, steps) * (self.carried - aside * calibration * self.passing.window)
 
     @property
     def at_once(self) -> int:
@@ -412,11 +471,15 @@ class _Walking:
 
     @property
     def grams(self) -> bool:
-        return "gram" in self.seen.plan.words()
+        calibrated = self.passes.calibration is not None
+        return calibrated and "gram" in self.seen.plan.words()
 
     def stages(self) -> dict[str, int]:
         """Bytes that each stage holds beside what the process held before."""
-        made = {"running the embeddings": self.embeddings()}
+        made = {
+            "running the embeddings": self.embeddings(),
+            COPYING: self.states + self.seen.copying(self.economy),
+        }
         for groups in self.blocks:
             name = groups[0].layers[0].block
             for stage, held in self.in_block(name, groups).items():
@@ -459,22 +522,29 @@ class _Walking:
 
     def comparing(self) -> int:
         """Logits of the result and of the original, and what a comparison makes of them."""
-        runner, ids = self.runner, self._shown
+        runner = self.runner
         if runner.whole:
             return self.states + self.kept_logits
-        batch = windows_at_once(ids.shape[1], runner.vocabulary, self.economy.tokens)
-        each = _FLOAT * ids.shape[1] * runner.vocabulary
-        working = batch * max(self.passing.ending.bytes, int(each * self.passes.comparing))
         outer = runner.outer_bytes() * (1 + self.seen.around)
         outer += runner.outer_bytes() // 2 if self.passes.floor else 0
-        return self.states + outer + working + self.kept_logits
+        return self.states + outer + self._compared + self.kept_logits
+
+    @property
+    def _compared(self) -> int:
+        """What a comparison holds at once."""
+        runner, ids = self.runner, self._shown
+        batch = min(runner.running(self.economy.tokens).answering(ids), len(ids))
+        each = _FLOAT * ids.shape[1] * runner.vocabulary
+        return batch * max(self.passing.ending.bytes, int(each * self.passes.comparing))
 
     def apart(self) -> int:
         """Activations of all layers that are carried on, before a block, in it and after it."""
         block = max(self.runner.block_bytes(block) for block in self.runner.blocks)
         carried = (1 + len(self.seen.planned())) * self.passes.apart * self.passing.window
         at_once = self.at_once * self.passing.through.bytes
-        return block + at_once + 3 * carried + self.kept_logits
+        carried = 0 if self.economy.on_disk else carried
+        running = block + at_once + 2 * carried
+        return self.kept_logits + max(running, self.runner.outer_bytes() + self._compared + carried)
 
     @property
     def kept_logits(self) -> int:

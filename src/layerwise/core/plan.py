@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from layerwise.core import catalogue
-from layerwise.core.activation import Scheme, static
+from layerwise.core.activation import Scheme, kind, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.folding import Rewriting, Rotate
@@ -73,6 +73,12 @@ class LayerPlan:
     def coded(self) -> bool:
         """Whether codes are what is stored."""
         return self.bits is not None and not self.dense
+
+    @property
+    def joint(self) -> bool:
+        """Whether the codes are learned together with those of other layers of the block."""
+        learned = self.bits is not None and self.density == 1
+        return learned and self.quantizer.learns is not None and self.quantizer.unit == "block"
 
     @property
     def rounding(self) -> Scheme | Literal[""]:
@@ -141,6 +147,15 @@ class Plan:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
         return [catalogue.get(id) for id in sorted(ids)]
+
+
+def sampling(
+    plans: Iterable[LayerPlan], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Options with which to see what work takes: a step of learning holds what all of them do."""
+    learned = {p.quantizer.id for p in plans if p.bits is not None and p.quantizer.learns}
+    steps = {id: {"steps": 1} for id in learned}
+    return {id: {**options.get(id, {}), **steps.get(id, {})} for id in {*options, *steps}}
 
 
 def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
@@ -279,7 +294,7 @@ def check_plan(plan: Plan, found: Structure) -> None:
             different grids.
     """
     for id, options in plan.options.items():
-        _check_options(id, options)
+        check_options(id, options)
     for name, layer_plan in plan.layers.items():
         _check_layer(name, layer_plan, found.layers[name])
         for id, _ in layer_plan.steps:
@@ -290,7 +305,12 @@ def check_plan(plan: Plan, found: Structure) -> None:
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 
 
-def _check_options(id: str, options: Mapping[str, Any]) -> None:
+def check_options(id: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a method does not have, or that are of another type.
+
+    Raises:
+        UserError: It names them.
+    """
     method = catalogue.get(id)
     own = method.own_options
     if unknown := options.keys() - own.keys():
@@ -342,6 +362,13 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
             f"activation {plan.activation} of weights that are not quantized",
             "Give bits, too.",
         ),
+        (
+            not (plan.activation and plan.quantizer.activates)
+            or kind(plan.activation) == kind(plan.quantizer.activates),
+            f"activation {plan.activation} with quantize/{plan.method}, which rounds inputs to "
+            f"{plan.quantizer.activates} in its own way",
+            "Leave the activation out, or take another quantizer.",
+        ),
         (plan.group >= 0, f"group {plan.group}", "A group is a number of inputs; 0 is the row."),
     )
     for fine, given, remedy in allowed:
@@ -358,7 +385,8 @@ def _check_layer(name: str, plan: LayerPlan, layer: Layer) -> None:
 
 def _check_rows(id: str, layer: Layer, plan: Plan, found: Structure) -> None:
     """A method that reads an input's layers together needs all of them, and a foldable input."""
-    if catalogue.get(id).rows != "input":
+    method = catalogue.get(id)
+    if method.rows != "input" or not (layer.feeder or method.must_fold):
         return
     together = [other for other in found.layers.values() if other.reads == layer.reads]
     if len({plan.layers[other.name].work for other in together}) > 1:

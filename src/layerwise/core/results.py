@@ -289,7 +289,8 @@ class Quantized(Coded):
         """Everything stored, per weight: codes, 16-bit scales, zeros, points, books, outliers."""
         grid = SCALE_BITS if self.symmetric else SCALE_BITS + self.bits
         stored = self.codes.numel() * self.bits + self.scale.numel() * grid
-        if self.points is not None and self.bits < 8:
+        # Those of floats are known without being stored.
+        if self.points is not None and not self.points.equal(float8_points()):
             stored += self.points.numel() * 32
         if self.book is not None:
             stored += len(self.book) * 8

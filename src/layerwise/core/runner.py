@@ -31,6 +31,10 @@ from layerwise.core.structure import Structure, block_of, structure
 _Collecting = TypeVar("_Collecting", Watcher, GradientCollector)
 
 
+# What a block answers to a batch, with some tensors of the source, by name, for its own.
+BlockAnswer = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
 class _Stop(Exception):  # noqa: N818
     """The stand-in of the first block has what it wants."""
 
@@ -235,10 +239,36 @@ class Runner:
             # Yielded outside: a generator left half-way must not hold the caller's modes.
             yield _first(outcome).cpu()
 
+    def block_answer(self, block: str, changed: Mapping[str, Tensor]) -> BlockAnswer:
+        """What a block answers to a batch, as a function of some of its layers' weights.
+
+        Args:
+            block: One of `blocks`.
+            changed: Tensors of the source, by name, that are to be used instead.
+
+        Returns:
+            A function of a batch of what the block sees, and of tensors of the source by name:
+            those of layers, in the shape they have there.  It passes gradients on.
+        """
+        parameters = self._parameters(block, changed=changed)
+        module, args, kwargs = self._called(block)
+        path = self._module_path(block)
+        inside = {
+            parts[0]: parameter.removeprefix(f"{path}.")
+            for parameter, parts in self._names.tensors.items()
+            if len(parts) == 1
+        }
+
+        def answer(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            given = parameters | {inside[name]: value for name, value in weights.items()}
+            return _first(functional_call(module, given, (hidden.to(self.device), *args), kwargs))
+
+        return answer
+
     def backward(
         self,
         block: str,
-        hidden: Tensor,
+        hidden: Activations,
         gradient: Tensor,
         collectors: Mapping[str, GradientCollector],
     ) -> Tensor:
@@ -256,35 +286,41 @@ class Runner:
         parameters = self._parameters(block)
         watched = self._watched(parameters, block, collectors)
         module, args, kwargs = self._called(block)
-        if not hidden.is_floating_point():  # something must ask for gradients
+        if not hidden.dtype.is_floating_point:  # something must ask for gradients
             for name in collectors:
                 parameters[self._inside(block, name)].requires_grad_()
-        gradients: list[Tensor] = []
         size = self.batch(hidden)
-        for batch, wanted in zip(hidden.split(size), gradient.split(size), strict=True):
-            with torch.enable_grad(), Listen(watched):
-                entering = batch.to(self.device, copy=True)
-                if entering.is_floating_point():
-                    entering.requires_grad_()
-                answer = _first(functional_call(module, parameters, (entering, *args), kwargs))
-            answer.backward(wanted.to(self.device))
-            found = entering.grad
-            gradients.append(torch.zeros(batch.shape) if found is None else found.cpu())
-        return torch.cat(gradients)
 
-    def gradient(self, hidden: Tensor, ids: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        def parts() -> Iterator[Tensor]:
+            for batch, wanted in zip(batches(hidden, size), gradient.split(size), strict=True):
+                with torch.enable_grad(), Listen(watched):
+                    entering = batch.to(self.device, copy=True)
+                    if entering.is_floating_point():
+                        entering.requires_grad_()
+                    answer = _first(functional_call(module, parameters, (entering, *args), kwargs))
+                answer.backward(wanted.to(self.device))
+                found = entering.grad
+                yield torch.zeros(batch.shape) if found is None else found.cpu()
+
+        return filled(parts(), len(hidden))
+
+    def gradient(
+        self, hidden: Activations, ids: Tensor, loss: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Gradient of a loss of the logits with respect to what came out of the last block."""
         outer = {} if self.whole else self._parameters("", skip_blocks=True)
-        gradients: list[Tensor] = []
-        size = self.batch(ids)
-        for batch, tokens in zip(hidden.split(size), ids.split(size), strict=True):
-            leaving = batch.to(self.device, copy=True).requires_grad_()
-            with torch.enable_grad():
-                answer = leaving if self.whole else self._ended(outer, leaving, tokens)
-                loss(answer).backward()
-            assert leaving.grad is not None
-            gradients.append(leaving.grad.cpu())
-        return torch.cat(gradients)
+        size = self.answering(ids)
+
+        def parts() -> Iterator[Tensor]:
+            for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
+                leaving = batch.to(self.device, copy=True).requires_grad_()
+                with torch.enable_grad():
+                    answer = leaving if self.whole else self._ended(outer, leaving, tokens)
+                    loss(answer).backward()
+                assert leaving.grad is not None
+                yield leaving.grad.cpu()
+
+        return filled(parts(), len(hidden))
 
     def logits(
         self,
@@ -306,7 +342,7 @@ class Runner:
             return
         if outer is None:
             outer = self._parameters("", hidden.dtype, skip_blocks=True, changed=changed)
-        size = windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
+        size = self.answering(ids)
         for batch, tokens in zip(batches(hidden, size), ids.split(size), strict=True):
             # A generator that is left half-way must not hold the caller's grad mode: the answer
             # is yielded outside.
@@ -350,6 +386,12 @@ class Runner:
     def batch(self, windows: Activations) -> int:
         """Windows that are carried at once."""
         return 64 if self.whole else windows_at_once(windows.shape[1], tokens=self.tokens)
+
+    def answering(self, ids: Tensor) -> int:
+        """Windows whose logits are made at once."""
+        if self.whole:
+            return self.batch(ids)
+        return windows_at_once(ids.shape[1], self.vocabulary, self.tokens)
 
     def _call_model(self, outer: dict[str, Tensor], ids: Tensor) -> Any:
         options = {"use_cache": False} if getattr(self.model, "can_generate", bool)() else {}

@@ -25,10 +25,12 @@ class Sample:
     Attributes:
         bytes: Most memory of tensors and arrays that it holds at once, beside what was there.
         seconds: Wall time, on the threads there are.
+        held: The most that was held to find this out.
     """
 
     bytes: int
     seconds: float
+    held: int
 
 
 def sampled(work: Callable[[], object]) -> Sample:
@@ -40,7 +42,7 @@ def sampled(work: Callable[[], object]) -> Sample:
         work()
         taken.append(time.perf_counter() - begun)
     # Others at work on the machine only ever make it slower.
-    return Sample(held, min(taken))
+    return Sample(held, min(taken), held)
 
 
 def scaled(work: Callable[[float], Callable[[], object]], sides: Sequence[float]) -> Sample:
@@ -66,6 +68,7 @@ def scaled(work: Callable[[float], Callable[[], object]], sides: Sequence[float]
     return Sample(
         int(min(max(float(held(1.0)), least), most)),
         _seconds(sides, [s.seconds for s in samples]),
+        max(s.held for s in samples),
     )
 
 

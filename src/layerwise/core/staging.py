@@ -16,7 +16,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerwise.core.activations import Activations, Stored, write_at
+from layerwise.core.activations import Activations, Stored, stored, write_at
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.packing import raw_bytes
@@ -229,20 +229,9 @@ class Staging:
             aside: No step finishes with them: whoever makes them drops them.
         """
         path = self.folder / f"{_ASIDE if aside else _STATE}{step}-{name}.tensors"
-        made: Stored | None = None
-        at = 0
-        with _room(self.out, self.arrangement.size), path.open("wb") as handle:
-            for part in parts:
-                if made is None:
-                    info = TensorInfo(name, part.dtype, (windows, *part.shape[1:]))
-                    header, starts, _ = _header([info])
-                    handle.write(header)
-                    handle.flush()
-                    made = Stored(path, starts[name], info)
-                each = made.info.size // windows
-                write_at(handle.fileno(), raw_bytes(part), made.offset + at * each)
-                at += len(part)
-        assert made is not None, "there are no windows"
+        with _room(self.out, self.arrangement.size):
+            made = stored(path, parts, windows, lambda info: _header([replace(info, name=name)])[0])
+        self._weigh()
         return made
 
     def _stored(self, step: str, name: str, state: Activations) -> str:

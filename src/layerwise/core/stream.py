@@ -106,6 +106,7 @@ def copy_tensor(
         if part.is_floating_point() and info.dtype.itemsize > 1:
             check_finite(info.name, part)
         staging.write(stored, format.encode_rest(info, part), start)
+        del part  # before the next is read
 
 
 def _steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:

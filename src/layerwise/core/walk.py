@@ -14,12 +14,13 @@ from torch import Tensor
 from layerwise.core import catalogue, memory
 from layerwise.core.activations import Activations, Stored, filled
 from layerwise.core.apply import Transformed, transform
-from layerwise.core.candidates import Candidates, Losses
+from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.evidence import AttentionCollector, Collector, calibrated_words
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
+from layerwise.core.joint import learned_together
 from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
@@ -91,7 +92,7 @@ def walk(
     progress.stage("transform", len(runner.blocks))
     held = _Held(staging, economy)
     original = None
-    if plan.inputs == "original":
+    if plan.inputs == "original" or any(layer.joint for layer in plan.layers.values()):
         original = _Original(runner, held, calibration)
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
     resumed = staging.states() if finished else None
@@ -102,7 +103,7 @@ def walk(
                 one.start(heldout[:1], dtype)  # one window shows what blocks are called with
         states |= {name: one if economy.on_disk else one[:] for name, one in resumed.items()}
     else:
-        walking = None if original is not None else calibration
+        walking = None if plan.inputs == "original" else calibration
         states |= _started(runner, format, held, heldout, walking, noise_floor=noise_floor)
     rows: list[LayerRow] = []
     for block in runner.blocks:
@@ -114,7 +115,8 @@ def walk(
             continue
         layers = [one for one in found.layers.values() if runner.whole or one.block == block]
         work = _Block(runner, found, plan, format, staging, held, block, layers, states)
-        made = work.done(in_block[block], words, original, candidates if original else None)
+        kept = candidates if plan.inputs == "original" else None
+        made = work.done(in_block[block], words, original, kept)
         del work  # before the next block is read
         rows += made
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
@@ -244,14 +246,16 @@ class _Block:
         """Do it; `names` are all tensors of the block."""
 
         def hidden() -> Activations | None:
-            return self.states.get(CALIBRATION) if original is None else original.before(self.block)
+            if self.plan.inputs == "original" and original is not None:
+                return original.before(self.block)
+            return self.states.get(CALIBRATION)
 
         by_itself = self.held.economy.input_by_input
-        seen = _Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        seen = Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
         answers: dict[str, Answer] = {}
-        rows = self._transform(seen, candidates, changed, answers)
+        rows = self._transform(seen, original, candidates, changed, answers)
         source = self.runner.source
         untouched = [name for name in names if name not in changed]
         changed |= _restored_rest(source, self.format, untouched)
@@ -275,7 +279,8 @@ class _Block:
 
     def _transform(
         self,
-        seen: "_Seen",
+        seen: "Seen",
+        original: _Original | None,
         candidates: Candidates | None,
         changed: dict[str, Tensor],
         answers: dict[str, Answer],
@@ -290,8 +295,12 @@ class _Block:
         rows: list[LayerRow] = []
         folded: dict[str, Tensor] = {}
         by_name = {layer.name: layer for layer in self.layers}
-        for group in together(self.layers, self.plan):
-            done = _transform_group(source, self.plan, group, folded, seen, candidates)
+        for group in together(self.layers, self.plan, whole=self.runner.whole):
+            if joint(self.plan, group[0], whole=self.runner.whole):
+                assert original is not None
+                done = self._learned(group, folded, seen, original, candidates, changed)
+            else:
+                done = _transform_group(source, self.plan, group, folded, seen, candidates)
             scale = done[0].input_scale
             while done:
                 rows.append(self._finish_layer(done.pop(0), changed, answers))
@@ -309,6 +318,48 @@ class _Block:
             if name.endswith(".bias") or _layer_of(name) not in by_name:
                 self._write_rest(name, value, changed)
         return rows
+
+    def _learned(
+        self,
+        group: Sequence[Layer],
+        folded: Mapping[str, Tensor],
+        seen: "Seen",
+        original: _Original,
+        candidates: Candidates | None,
+        changed: Mapping[str, Tensor],
+    ) -> list[Transformed]:
+        """Layers of the block whose codes are learned together, made before or now."""
+        plans = [self.plan.layers[layer.name] for layer in group]
+        # Candidates of one level are learned beside others of it.
+        alike = len({plan.work for plan in plans}) == 1
+        kept = candidates if alike and not folded else None
+        if (known := _found(kept, group, plans, self.plan.options, self.runner.source)) is not None:
+            return known
+        source = self.runner.source
+        shown = {reads: seen.of(members) for reads, members in by_input(group).items()}
+        evidence = [shown[layer.reads] for layer in group]
+        weights = [_weight(source, layer, folded) for layer in group]
+        inputs, before = seen.carried(), original.before(self.block)
+        assert inputs is not None
+        assert before is not None
+        coded = learned_together(
+            self.runner,
+            self.block,
+            group,
+            weights,
+            evidence,
+            plans,
+            self.plan.options,
+            inputs=inputs[:],
+            targets=self.runner.forward(self.block, before[:], {}),
+            changed={**folded, **changed},
+        )
+        made = [
+            transform([layer], [weight], given, [plan], self.plan.options, coded=coded)[0]
+            for layer, weight, given, plan in zip(group, weights, evidence, plans, strict=True)
+        ]
+        _keep(kept, made, self.plan.options)
+        return made
 
     def _finish_layer(
         self, result: Transformed, changed: dict[str, Tensor], answers: dict[str, Answer]
@@ -400,7 +451,7 @@ def gather(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
     Nothing is run before something is asked for.
@@ -410,7 +461,7 @@ class _Seen:
     block: str
     layers: Sequence[Layer]
     words: frozenset[str]
-    hidden: Callable[[], Activations | None]
+    hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
@@ -426,8 +477,12 @@ class _Seen:
         self.last = reads
         return self.all.get(reads, {})
 
+    def carried(self) -> Activations | None:
+        """What the block itself sees of the calibration text."""
+        return self.hidden() if callable(self.hidden) else self.hidden
+
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        return gather(self.runner, self.block, layers, self.words, self.hidden())
+        return gather(self.runner, self.block, layers, self.words, self.carried())
 
 
 def _transform_group(
@@ -435,29 +490,45 @@ def _transform_group(
     plan: Plan,
     group: Sequence[Layer],
     folded: Mapping[str, Tensor],
-    seen: _Seen,
+    seen: Seen,
     candidates: Candidates | None,
 ) -> list[Transformed]:
     """Layers that read one input, made before or now."""
     plans = [plan.layers[layer.name] for layer in group]
     # What scales were folded into is another weight than the one candidates are made of.
     kept = None if any(layer.tensor in folded for layer in group) else candidates
-    if kept is not None:
-        found = [
-            kept.find(layer, one, plan.options) if one.steps else _left(source, layer, one)
-            for layer, one in zip(group, plans, strict=True)
-        ]
-        known = [one for one in found if one is not None]
-        if len(known) == len(group):
-            return known
+    if (known := _found(kept, group, plans, plan.options, source)) is not None:
+        return known
     evidence = seen.of(group) if any(one.steps for one in plans) else {}
     weights = [_weight(source, layer, folded) for layer in group]
     made = transform(group, weights, evidence, plans, plan.options)
+    _keep(kept, made, plan.options)
+    return made
+
+
+def _found(
+    kept: Candidates | None,
+    group: Sequence[Layer],
+    plans: Sequence[LayerPlan],
+    options: Options,
+    source: Source,
+) -> list[Transformed] | None:
+    """All of some layers, if all of them were made before."""
+    if kept is None:
+        return None
+    found = [
+        kept.find(layer, plan, options) if plan.steps else _left(source, layer, plan)
+        for layer, plan in zip(group, plans, strict=True)
+    ]
+    known = [one for one in found if one is not None]
+    return known if len(known) == len(group) else None
+
+
+def _keep(kept: Candidates | None, made: Sequence[Transformed], options: Options) -> None:
     for result in made:
         if kept is not None and result.plan.steps:
-            kept.keep(result, plan.options)
-            kept.keep_losses(result.layer, Losses.of(result), plan.options)
-    return made
+            kept.keep(result, options)
+            kept.keep_losses(result.layer, Losses.of(result), options)
 
 
 def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
@@ -465,12 +536,28 @@ def _left(source: Source, layer: Layer, plan: LayerPlan) -> Transformed:
     return transform([layer], [_weight(source, layer, {})], {}, [plan], {})[0]
 
 
-def together(layers: Sequence[Layer], plan: Plan) -> list[list[Layer]]:
+def joint(plan: Plan, layer: Layer, *, whole: bool) -> bool:
+    """Whether a layer's codes are learned with those of its whole block."""
+    return plan.layers[layer.name].joint and not alone(layer, whole=whole)
+
+
+def alone(layer: Layer, *, whole: bool) -> bool:
+    """Whether a layer's codes are learned by themselves, whatever the method.
+
+    So it is where the model runs as a `whole`, and if it is an expert: its matrix is a part of a
+    tensor, and few tokens see it.
+    """
+    return whole or layer.expert is not None or "experts." in layer.name
+
+
+def together(layers: Sequence[Layer], plan: Plan, *, whole: bool) -> list[list[Layer]]:
     """Layers of a block that are transformed together, in an order that lets scales be folded.
 
     Those that read one input are: what their methods make of it is made once.  Methods that read
-    nothing but weights share nothing.
+    nothing but weights share nothing.  Those whose codes are learned together come last.
     """
+    learned = [layer for layer in layers if joint(plan, layer, whole=whole)]
+    layers = [layer for layer in layers if layer not in learned]
     by_name = {layer.name: layer for layer in layers}
     made: list[list[Layer]] = []
     for group in _consumers_first(list(by_input(layers).values()), by_name):
@@ -478,7 +565,7 @@ def together(layers: Sequence[Layer], plan: Plan) -> list[list[Layer]]:
         methods = [catalogue.get(id) for id in steps]
         shared = calibrated_words(methods) or any(method.rows == "input" for method in methods)
         made += [group] if shared else [[layer] for layer in group]
-    return made
+    return [*made, learned] if learned else made
 
 
 def _consumers_first(groups: list[list[Layer]], by_name: Mapping[str, Layer]) -> list[list[Layer]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise import export
 from layerwise.core import memory
-from layerwise.core.activations import filled
+from layerwise.core.activations import filled, shelf
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
@@ -125,11 +125,21 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     candidates = candidates_of(prepared, cache)
-    planned = make_plan(prepared, wish, candidates, progress) if ready is None else Planned(ready)
+    if ready is None:
+        planned = make_plan(prepared, wish, candidates, progress, max_memory)
+    else:
+        planned = Planned(ready)
     ready = planned.plan
     arrangement = check(prepared, ready)
     apart = layer_windows if planned.curves else 0
-    seen = foresight(prepared, ready, arrangement.size, apart=apart)
+    seen = foresight(
+        prepared,
+        ready,
+        arrangement.size,
+        apart=apart,
+        before=planned.foreseen.peak_bytes if planned.foreseen else None,
+        candidates=candidates,
+    )
     economy, foreseen = promised(seen, max_memory)
     check_disk(target, foreseen.disk_bytes)
     progress.tell(foreseen.words())
@@ -143,9 +153,10 @@ def compress(
         )
         prediction = None
         if layer_windows and compared and planned.curves:
-            rows, prediction = predicted(
-                prepared, planned, rows, compared[0], candidates, layer_windows, progress
-            )
+            with shelf(economy.on_disk, staging.folder) as kept:
+                rows, prediction = predicted(
+                    prepared, planned, rows, compared[0], candidates, layer_windows, progress, kept
+                )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
         proved = _prove(
             prepared, ready, staging.folder, answered, progress, trust_remote_code, economy
@@ -241,8 +252,8 @@ def _transform(
         return walked.rows, (), None
     around = restored_outside(runner, format)
     shown = heldout.ids[:PROOF_WINDOWS]
-    parts = runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around)
-    first = filled(parts, len(shown))
+    # A generator that is kept keeps the logits it gave last.
+    first = filled(runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around), len(shown))
     # Only a text is compared here: what else a model answers is proven, and no more.
     if runner.whole or first.dim() != 3:
         return walked.rows, (), first
@@ -252,6 +263,7 @@ def _transform(
 def _compare(
     runner: Runner, walked: Walked, heldout: Windows, around: Mapping[str, Tensor]
 ) -> list[Comparison]:
+    memory.settle()  # what the walk let go of
     before = runner.original
     outer = before.outer()
     changed = outer if before is runner and not around else None

@@ -16,7 +16,7 @@ from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import UNITS
 from layerwise.export import servers
 from layerwise.flow.preparing import Prepared, check
-from layerwise.flow.survey import for_layer
+from layerwise.flow.survey import for_layer, settled
 from layerwise.flow.wish import Wish, budget_amount
 
 # Densities between 0 and 1 that are shared out by themselves: few for an allocator that goes by
@@ -81,7 +81,8 @@ def of_bytes(wish: Wish, prepared: Prepared) -> Market:
         check_level(prepared, wish, level)
     rules = servers.allowed(wish.server, wish.format)
     items = _items(wish, found, rules.together)
-    sold = [_sold(item, combinations, format, found) for item in items]
+    offered = [settled(combinations, item, prepared.source, wish.options) for item in items]
+    sold = [_sold(item, levels, format, found) for item, levels in zip(items, offered, strict=True)]
     market = Market(
         items,
         [[level for _, level in one] for one in sold],
@@ -226,7 +227,8 @@ def of_densities(wish: Wish, prepared: Prepared, allocator: catalogue.Method) ->
     items = _items(wish, found, lambda layer: layer.name)
     counts = [sum(layer.count for layer in item) for item in items]
     costs = [(torch.arange(first, steps + 1) * count) // steps for count in counts]
-    return Market(items, [levels] * len(items), costs, int(wish.density * sum(counts)))
+    offered = [settled(levels, item, prepared.source, wish.options) for item in items]
+    return Market(items, offered, costs, int(wish.density * sum(counts)))
 
 
 def check_affordable(wish: Wish, prepared: Prepared, market: Market) -> None:

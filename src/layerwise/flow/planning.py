@@ -9,19 +9,38 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
+from layerwise.core.activations import Shelf, shelf
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
+from layerwise.core.forecast import Foresight, Outlook
 from layerwise.core.outcome import Candidate
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer
 from layerwise.flow import market as markets
 from layerwise.flow import sensitivity
+from layerwise.flow.foreseeing import Looking
 from layerwise.flow.market import Market, label
 from layerwise.flow.preparing import Prepared, check
 from layerwise.flow.probing import Probe
-from layerwise.flow.survey import Survey, for_layer, survey
+from layerwise.flow.promising import (
+    comparing,
+    foresight,
+    least,
+    promised,
+    promised_search,
+    search_foresight,
+)
+from layerwise.flow.survey import (
+    Survey,
+    everywhere,
+    for_layer,
+    known_losses,
+    missing,
+    survey,
+)
 from layerwise.flow.wish import Wish
 
 # A search for the smallest model of a quality ends when this share of its size is left to search.
@@ -38,6 +57,7 @@ class Planned:
             tried.
         sensitivity: What the costs of `curves` are; "" if nothing was tried.
         notes: What the reader of a report should know.
+        foreseen: What looking for it was to take; None if nothing was tried.
     """
 
     plan: Plan
@@ -46,23 +66,38 @@ class Planned:
     )
     sensitivity: str = ""
     notes: Sequence[str] = ()
+    foreseen: Outlook | None = None
 
 
 def make_plan(
-    prepared: Prepared, wish: Wish, candidates: Candidates, progress: Progress
+    prepared: Prepared,
+    wish: Wish,
+    candidates: Candidates,
+    progress: Progress,
+    max_memory: str = "",
+    economy: Economy | None = None,
 ) -> Planned:
     """Turn a wish into a plan.
 
+    Args:
+        prepared: The model.
+        wish: What is asked for.
+        candidates: Where what levels make of layers is kept.
+        progress: Is told of the stages.
+        max_memory: The most memory that looking for the plan, or carrying it out, may hold.
+        economy: How to look for it, where that is settled; nothing is foreseen then.
+
     Raises:
         UserError: The wish asks for nothing, for less than the lowest levels take, or for a level
-            that `check` would refuse: all of it before any layer is looked at.
+            that `check` would refuse, or more memory than is allowed: all of it before any layer
+            is looked at.
     """
     found = prepared.found
     wish = wish.fitted(found)
     allocator = wish.allocator()
     if allocator is None:
         even = replace(wish.level(wish.bits), why="the same for every layer")
-        layers = {name: for_layer(even, layer) for name, layer in found.layers.items()}
+        layers = everywhere(even, found, prepared.source, wish.options)
         inputs = wish.inputs or "transformed"
         plan = Plan(layers, wish.format, wish.options, inputs=inputs, server=wish.server)
         return Planned(replace(plan, rewriting=wish.rewriting))
@@ -73,44 +108,119 @@ def make_plan(
     if wish.max_kl is None:
         markets.check_affordable(wish, prepared, market)
     measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
-    looked = _look(prepared, wish, market, allocator, measures, candidates, progress)
-    weights = ""
-    costs: Mapping[str, Tensor] = {}
+    levels = _levels(market, allocator, measures)
+    weights = sensitivity.chosen(wish, prepared) if "errors" in allocator.evidence else ""
+    foreseen = None
+    if economy is None:
+        # Both are refused before any work is lost: looking for the plan, and carrying it out.
+        afterwards = _largest(prepared, wish, market) if max_memory else None
+        looking = looking_for(prepared, wish, levels, measures, weights, candidates)
+        economy, foreseen = _promised(prepared, looking, progress, max_memory, afterwards)
+    if prepared.runner is not None:
+        prepared = replace(prepared, runner=prepared.runner.running(economy.tokens))
+    looked = Survey({}, {}, {})
+    if levels:
+        looked = survey(
+            prepared,
+            levels,
+            options=wish.options,
+            measures=measures,
+            candidates=candidates,
+            economy=economy,
+            progress=progress,
+        )
+    with shelf(economy.on_disk, candidates.cache.folder) as kept:
+        costs: Mapping[str, Tensor] = {}
+        if weights:
+            costs = sensitivity.weighed(weights, prepared, wish, looked, candidates, progress, kept)
+        sale = _Sale(prepared, wish, market, allocator, looked, costs, weights)
+        if wish.max_kl is None:
+            bought = sale.within_files(market.budget)
+        else:
+            bought = _search(sale, wish.max_kl, candidates, progress, kept)
+    noted = (f"while the plan was looked for, {note}" for note in economy.notes())
+    planned = sale.planned(bought)
+    return replace(planned, notes=[*planned.notes, *noted], foreseen=foreseen)
+
+
+def _levels(
+    market: Market, allocator: catalogue.Method, measures: Sequence[catalogue.Method]
+) -> Mapping[str, Sequence[LayerPlan]]:
+    """The levels that an allocator must know the errors of, or that a measure compares."""
+    levels = market.by_layer()
     if "errors" in allocator.evidence:
-        weights = sensitivity.chosen(wish, prepared)
-        costs = sensitivity.weighed(weights, prepared, wish, looked, candidates, progress)
-    sale = _Sale(prepared, wish, market, allocator, looked, costs, weights)
-    if wish.max_kl is None:
-        bought = sale.within_files(market.budget)
-    else:
-        bought = _search(sale, wish.max_kl, candidates, progress)
-    return sale.planned(bought)
+        return levels
+    if not measures:
+        return {}
+    comparing = any("approximation" in measure.evidence for measure in measures)
+    return {name: plans[: int(comparing)] for name, plans in levels.items()}
 
 
-def _look(
+def _promised(
+    prepared: Prepared,
+    looking: Looking,
+    progress: Progress,
+    limit: str,
+    afterwards: Foresight | None,
+) -> tuple[Economy, Outlook | None]:
+    """How a plan is looked for, and what that takes; None if there is nothing to look at."""
+    economy, foreseen = LAVISH, None
+    if not looking.nothing:
+        rest = 0 if afterwards is None else least(afterwards)
+        economy, foreseen = promised_search(search_foresight(prepared, looking), limit, rest)
+    if afterwards is not None:
+        promised(afterwards, limit, later=True)
+    if foreseen is None:
+        return economy, None
+    progress.tell(
+        f"forecast of looking for a plan: about {foreseen.seconds:.0f} s, "
+        f"{foreseen.peak_bytes / 1e6:.2f} MB of memory at most ({foreseen.fullest})"
+    )
+    return economy, foreseen
+
+
+def looking_for(
     prepared: Prepared,
     wish: Wish,
-    market: Market,
-    allocator: catalogue.Method,
+    levels: Mapping[str, Sequence[LayerPlan]],
     measures: Sequence[catalogue.Method],
+    weights: str,
     candidates: Candidates,
-    progress: Progress,
-) -> Survey:
-    """Try the levels that an allocator must know the errors of, or that a measure compares."""
-    levels = market.by_layer()
-    if "errors" not in allocator.evidence:
-        comparing = any("approximation" in measure.evidence for measure in measures)
-        levels = {name: plans[: int(comparing)] for name, plans in levels.items()}
-        if not measures:
-            return Survey({}, {}, {})
-    return survey(
-        prepared,
-        levels,
+) -> Looking:
+    """What there is to look at: what is known by now is not."""
+    known = known_losses(prepared.found, levels, wish.options, candidates)
+    calibration = 0 if prepared.calibration is None else len(prepared.calibration.ids)
+    gradients = apart = layers = together = 0
+    if weights == "fisher" and not candidates.cache.has(sensitivity.fisher_key(candidates)):
+        gradients = min(sensitivity.FISHER_WINDOWS, calibration)
+    middle = sensitivity.middle_of(levels) if weights == "kl" else {}
+    if weights == "kl" and not candidates.cache.has(sensitivity.kl_key(candidates, middle)):
+        apart = min(sensitivity.PROBE_WINDOWS, calibration)
+        layers = len(middle)
+    if wish.max_kl is not None and prepared.heldout is not None:
+        together = len(prepared.heldout.ids)
+    return Looking(
+        levels=levels if measures else missing(known, levels),
         options=wish.options,
         measures=measures,
-        candidates=candidates,
-        progress=progress,
+        gradients=gradients,
+        apart=apart,
+        layers=layers,
+        together=together,
+        comparing=comparing(False) if apart or together else 0.0,
     )
+
+
+def _largest(prepared: Prepared, wish: Wish, market: Market) -> Foresight:
+    """What carrying out the largest plan takes."""
+    largest = {
+        name: next((plan for plan in reversed(plans) if plan.steps), plans[-1])
+        for name, plans in market.by_layer().items()
+    }
+    ordered = {name: largest[name] for name in prepared.found.layers}
+    inputs = wish.inputs or "original"
+    plan = Plan(ordered, wish.format, wish.options, inputs=inputs, server=wish.server)
+    return foresight(prepared, plan, check(prepared, plan).size)
 
 
 @dataclass(frozen=True)
@@ -217,6 +327,7 @@ class _Sale:
             why = f"loses {self._told(costs[level])} at {chosen}" + f" ({others})" * bool(others)
         else:
             why = f"{self.allocator.name} gives it {chosen}"
+        why = "; ".join(filter(None, (why, levels[level].why)))
         shown = None if score is None else float(f"{score:.4g}")
         return for_layer(replace(levels[level], score=shown, why=why), layer)
 
@@ -244,7 +355,9 @@ class _Lazy(Sequence[Tensor]):
         return self._makers[place]()
 
 
-def _search(sale: _Sale, max_kl: float, candidates: Candidates, progress: Progress) -> list[int]:
+def _search(
+    sale: _Sale, max_kl: float, candidates: Candidates, progress: Progress, shelf: Shelf
+) -> list[int]:
     """The smallest plan whose KL on the text of the proof is not above a limit, by halving.
 
     Raises:
@@ -257,7 +370,7 @@ def _search(sale: _Sale, max_kl: float, candidates: Candidates, progress: Progre
             "which is not run here.",
             "Give a language model and leave --proof none out, or give a --budget.",
         )
-    probe = Probe(prepared, wish.format, wish.options, candidates, prepared.heldout.ids)
+    probe = Probe(prepared, wish.format, wish.options, candidates, prepared.heldout.ids, shelf)
     low, high = sale.market.least, sale.market.most
     progress.stage("search", 2 + (int((high - low) / (_SEARCHED * high))).bit_length())
     best, reached = _tried(sale, probe, high, progress)

@@ -1,6 +1,7 @@
 """The KL of a model under a plan, found without writing it: from the candidates of its layers."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core import catalogue
+from layerwise.core.activations import Activations, Shelf
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.errors import UserError
@@ -30,10 +32,17 @@ class Probe:
         options: Options of methods, by id.
         candidates: Has every layer under every plan that is asked for.
         ids: Token ids, (windows, length), or whatever the model takes a batch of.
+        shelf: Where activations lie between blocks.
     """
 
     def __init__(
-        self, prepared: Prepared, format: str, options: Options, candidates: Candidates, ids: Tensor
+        self,
+        prepared: Prepared,
+        format: str,
+        options: Options,
+        candidates: Candidates,
+        ids: Tensor,
+        shelf: Shelf = Shelf(),  # noqa: B008
     ) -> None:
         assert prepared.runner is not None
         self.runner = prepared.runner
@@ -43,6 +52,7 @@ class Probe:
         self.options = options
         self.candidates = candidates
         self.ids = ids
+        self.shelf = shelf
 
     def compared(self, plans: Mapping[str, LayerPlan], windows: Windows) -> Comparison:
         """The model under a plan against the original; `windows` are those of `ids`."""
@@ -55,21 +65,23 @@ class Probe:
         """KL from the original's answers to those of the model under a plan, in nats per token."""
         return self._divergence(self.runner.original, *self._carried(plans))
 
-    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Tensor, Tensor]:
+    def _carried(self, plans: Mapping[str, LayerPlan]) -> tuple[Activations, Activations]:
         """The windows after the last block of the original, and of the model under a plan."""
-        runner, original = self.runner, self.runner.original
-        after = runner.start(self.ids)
-        before = after if original is runner else original.start(self.ids)
+        count, original = len(self.ids), self.runner.original
+        before, after = (
+            self.shelf.keep(name, runner.starting(self.ids), count)
+            for name, runner in (("before", original), ("after", self.runner))
+        )
         for block in self.runner.blocks:
             changed: dict[str, Tensor] = {}
             answers: dict[str, Answer] = {}
             for name in self._inside(block):
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
-            before, after = (
-                original.forward(block, before, {}),
-                runner.forward(block, after, changed, answers=answers),
-            )
+            parts = original.carry(block, before, {})
+            before = self.shelf.keep("before", parts, count, before)
+            parts = self.runner.carry(block, after, changed, answers=answers)
+            after = self.shelf.keep("after", parts, count, after)
         return before, after
 
     def apart(self, plans: Mapping[str, LayerPlan], progress: Progress) -> dict[str, float]:
@@ -79,24 +91,34 @@ class Probe:
         changed before it, and once for each of its own layers.
         """
         progress.stage("probe", len(self.runner.blocks))
-        before = self.runner.start(self.ids)
-        carried: dict[str, Tensor] = {}
+        count = len(self.ids)
+        # The original's windows, and after them those of each layer that was changed so far.
+        carried = self.shelf.keep("carried", self.runner.starting(self.ids), count)
+        names: list[str] = []
         for block in self.runner.blocks:
-            fresh: dict[str, Tensor] = {}
-            for name in self._inside(block):
-                if plans[name].steps:
-                    changed: dict[str, Tensor] = {}
-                    answers: dict[str, Answer] = {}
-                    self._change(changed, answers, name, plans[name])
-                    fresh[name] = self.runner.forward(block, before, changed, answers=answers)
-            together = self.runner.forward(block, torch.cat([before, *carried.values()]), {})
-            before, *later = together.split(len(self.ids))
-            carried = dict(zip(carried, later, strict=True)) | fresh
+            fresh = [name for name in self._inside(block) if plans[name].steps]
+            parts = itertools.chain(
+                self.runner.carry(block, carried, {}),
+                *(self._with(name, plans[name], block, carried) for name in fresh),
+            )
+            names += fresh
+            carried = self.shelf.keep("carried", parts, count * (1 + len(names)))
             progress.step(block)
-        measured = {
-            name: self._divergence(self.runner, before, after) for name, after in carried.items()
-        }
-        return {name: measured.get(name, 0.0) for name in plans}
+        outer, measured = self.runner.outer(), dict.fromkeys(plans, 0.0)
+        for number, name in enumerate(names, 1):
+            after = carried[count * number : count * (number + 1)]
+            measured[name] = self._divergence(self.runner, carried[:count], after, outer)
+        return measured
+
+    def _with(
+        self, name: str, plan: LayerPlan, block: str, carried: Activations
+    ) -> Iterator[Tensor]:
+        """The original's windows through a block with one of its layers under a plan."""
+        changed: dict[str, Tensor] = {}
+        answers: dict[str, Answer] = {}
+        self._change(changed, answers, name, plan)
+        hidden = carried[: len(self.ids)]
+        yield from self.runner.carry(block, hidden, changed, answers=answers)
 
     def _inside(self, block: str) -> list[str]:
         whole = self.runner.whole
@@ -136,9 +158,18 @@ class Probe:
             return answer
         return lambda inputs: answer(inputs / scale.to(inputs.device))
 
-    def _divergence(self, original: Runner, before: Tensor, after: Tensor) -> float:
+    def _divergence(
+        self,
+        original: Runner,
+        before: Activations,
+        after: Activations,
+        outer: dict[str, Tensor] | None = None,
+    ) -> float:
         total, count = 0.0, 0
-        logits = (original.logits(before, self.ids, {}), self.runner.logits(after, self.ids, {}))
+        logits = (
+            original.logits(before, self.ids, {}, outer),
+            self.runner.logits(after, self.ids, {}, outer),
+        )
         for answered, changed in zip(*logits, strict=True):
             p, q = (_scored(answer) for answer in (answered, changed))
             divergence = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)

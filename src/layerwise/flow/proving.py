@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from scipy import stats
 
+from layerwise.core.activations import Shelf
 from layerwise.core.candidates import Candidates
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison, LayerRow, Prediction
@@ -24,6 +25,7 @@ def predicted(
     candidates: Candidates,
     windows: int,
     progress: Progress,
+    shelf: Shelf,
 ) -> tuple[list[LayerRow], Prediction | None]:
     """Rows with what each layer was foreseen to bring and brings alone, and the two compared.
 
@@ -35,6 +37,7 @@ def predicted(
         candidates: Has the layers as the plan has them.
         windows: So many of the proof's text are used.
         progress: Is told of each block.
+        shelf: Where activations lie between blocks.
 
     Returns:
         No comparison where a layer is not in the cache any more.
@@ -42,7 +45,7 @@ def predicted(
     assert prepared.heldout is not None
     plan = planned.plan
     ids = prepared.heldout.ids[:windows]
-    probe = Probe(prepared, plan.format, plan.options, candidates, ids)
+    probe = Probe(prepared, plan.format, plan.options, candidates, ids, shelf)
     try:
         measured = probe.apart(plan.layers, progress)
     except UserError:

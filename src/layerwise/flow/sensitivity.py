@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from layerwise.core.activations import Shelf
 from layerwise.core.apply import lost_share
 from layerwise.core.candidates import Candidates
 from layerwise.core.errors import UserError
@@ -33,7 +34,7 @@ from layerwise.flow.wish import Sensitivity, Wish
 IN_NATS = ("fisher", "kl")
 # Windows of the calibration text: as many as keep the mean's error well below what tells layers
 # apart.
-_FISHER_WINDOWS, _PROBE_WINDOWS = 16, 8
+FISHER_WINDOWS, PROBE_WINDOWS = 16, 8
 
 
 def chosen(wish: Wish, prepared: Prepared) -> Sensitivity:
@@ -50,6 +51,7 @@ def weighed(
     looked: Survey,
     candidates: Candidates,
     progress: Progress,
+    shelf: Shelf = Shelf(),  # noqa: B008
 ) -> dict[str, Float64[Tensor, " levels"]]:
     """What each level of each layer costs the model.
 
@@ -60,6 +62,7 @@ def weighed(
         looked: What the levels do to their layers.
         candidates: Where results are kept.
         progress: Is told of each block.
+        shelf: Where activations lie between blocks.
 
     Raises:
         UserError: The model cannot be run for it.
@@ -70,9 +73,9 @@ def weighed(
             "Add --calibration TEXT, or take --sensitivity error.",
         )
     if name == "fisher":
-        return _by_fisher(prepared, looked, candidates, progress)
+        return _by_fisher(prepared, looked, candidates, progress, shelf)
     if name == "kl":
-        return _by_kl(prepared, wish, looked, candidates, progress)
+        return _by_kl(prepared, wish, looked, candidates, progress, shelf)
     return {
         layer: torch.tensor([_lost(looked, layer, level, name) for level in levels]).double()
         for layer, levels in looked.levels.items()
@@ -85,17 +88,26 @@ def _lost(looked: Survey, layer: str, level: LayerPlan, name: str) -> float:
     return lost if name == "energy" else lost_share(lost, float(losses.energy.sum()))
 
 
+def fisher_key(candidates: Candidates) -> str:
+    """Where the Fisher information of a model is kept."""
+    return candidates.key("fisher", FISHER_WINDOWS)
+
+
 def _by_fisher(
-    prepared: Prepared, looked: Survey, candidates: Candidates, progress: Progress
+    prepared: Prepared,
+    looked: Survey,
+    candidates: Candidates,
+    progress: Progress,
+    shelf: Shelf,
 ) -> dict[str, Tensor]:
-    key = candidates.key("fisher", _FISHER_WINDOWS)
+    key = fisher_key(candidates)
     entry = candidates.cache.get(key)
     if entry is None:
         assert prepared.runner is not None
         assert prepared.calibration is not None
-        ids = prepared.calibration.ids[:_FISHER_WINDOWS]
+        ids = prepared.calibration.ids[:FISHER_WINDOWS]
         layers = list(prepared.found.layers.values())
-        fisher: Mapping[str, Tensor] = output_fisher(prepared.runner, layers, ids, progress)
+        fisher: Mapping[str, Tensor] = output_fisher(prepared.runner, layers, ids, progress, shelf)
         candidates.cache.put(key, fisher, {})
     else:
         fisher = entry.tensors
@@ -110,16 +122,31 @@ def _by_fisher(
     }
 
 
+def middle_of(levels: Mapping[str, Sequence[LayerPlan]]) -> dict[str, LayerPlan]:
+    """The levels that the KL is measured at."""
+    return {layer: plans[len(plans) // 2] for layer, plans in levels.items()}
+
+
+def kl_key(candidates: Candidates, middle: Mapping[str, LayerPlan]) -> str:
+    """Where the KL of layers at their middle levels is kept."""
+    return candidates.key("kl", PROBE_WINDOWS, {n: str(p.work) for n, p in middle.items()})
+
+
 def _by_kl(
-    prepared: Prepared, wish: Wish, looked: Survey, candidates: Candidates, progress: Progress
+    prepared: Prepared,
+    wish: Wish,
+    looked: Survey,
+    candidates: Candidates,
+    progress: Progress,
+    shelf: Shelf,
 ) -> dict[str, Tensor]:
-    middle = {layer: levels[len(levels) // 2] for layer, levels in looked.levels.items()}
-    key = candidates.key("kl", _PROBE_WINDOWS, {n: str(p.work) for n, p in middle.items()})
+    middle = middle_of(looked.levels)
+    key = kl_key(candidates, middle)
     entry = candidates.cache.get(key)
     if entry is None:
         assert prepared.calibration is not None
-        ids = prepared.calibration.ids[:_PROBE_WINDOWS]
-        probe = Probe(prepared, wish.format, wish.options, candidates, ids)
+        ids = prepared.calibration.ids[:PROBE_WINDOWS]
+        probe = Probe(prepared, wish.format, wish.options, candidates, ids, shelf)
         measured: Mapping[str, float] = probe.apart(middle, progress)
         candidates.cache.put(key, {}, {"kl": measured})
     else:

@@ -1,23 +1,30 @@
 """Look at every layer of a model without changing it: scores, and the error at each level."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
+from layerwise.core.activations import Activations, shelf
 from layerwise.core.apply import Made, Transformed, check_finite, transform
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
-from layerwise.core.plan import LayerPlan, words_of
+from layerwise.core.joint import learned_together
+from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
+from layerwise.core.results import Coded
 from layerwise.core.structure import Layer, Structure, by_input
-from layerwise.core.walk import gather
+from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
+
+# Codes that were learned together, by the level that all layers had then, and by layer.
+Learnt = Mapping[LayerPlan, Mapping[str, Coded]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ def survey(
     options: Options,
     measures: Sequence[catalogue.Method] = (),
     candidates: Candidates | None = None,
+    economy: Economy = LAVISH,
     progress: Progress,
 ) -> Survey:
     """Score every layer, and try levels on it, on what it sees in the original model.
@@ -61,6 +69,7 @@ def survey(
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
         candidates: Where what levels make of layers is kept; what is there is not made again.
+        economy: What to hold on disk, and how much to take up at a time.
         progress: Is told of each block.
 
     Raises:
@@ -70,43 +79,52 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
-    known = _known(found, levels, options, candidates)
-    if not measures and all(
-        _missing(known.get(name), plans) == [] for name, plans in levels.items()
-    ):
+    known = known_losses(found, levels, options, candidates)
+    if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
-    of_layers = [m for m in measures if m.unit == "layer"]
     of_blocks = [m for m in measures if m.unit == "block"]
-    words = calibrated_words(of_layers) | ({"gram"} if levels else frozenset[str]())
-    words |= words_of(plan for plans in levels.values() for plan in plans)
+    look = _Look(
+        prepared.source,
+        levels,
+        options,
+        [m for m in measures if m.unit == "layer"],
+        candidates,
+        known,
+    )
+    words = look.words()
     runs = runner is not None and calibration is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
-    hidden = runner.start(calibration) if runner and calibration is not None else None
-    losses: dict[str, Losses] = {}
     scores: dict[str, dict[str, float]] = {m.name: {} for m in measures}
-    for block in blocks:
-        layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
-        after = None
-        evidence: Mapping[str, Mapping[str, Any]] = {}
-        if runner and hidden is not None:
-            evidence = gather(runner, block, layers, words, hidden)
-            after = runner.forward(block, hidden, {})
-        weights = {layer.name: _weight(prepared.source, layer) for layer in layers}
-        for method in of_blocks:
-            given = _block_evidence(method, list(weights.values()), hidden, after)
-            value = float(method.run(**given))
-            scores[method.name] |= dict.fromkeys(weights, value)
-        for reads, group in by_input(layers).items():
-            trial = _Trial(
-                group, [weights[one.name] for one in group], evidence.get(reads, {}), options, {}
-            )
-            for method in of_layers:
-                scores[method.name] |= trial.scores(method, levels)
-            losses |= trial.losses(levels, known, candidates)
-        hidden = after
-        progress.step(block)
-    return Survey(levels, losses, scores)
+    folder = candidates.cache.folder if candidates else None
+    with shelf(economy.on_disk, folder) as kept:
+        hidden: Activations | None = None
+        if runner and calibration is not None:
+            runner = runner.running(economy.tokens)
+            hidden = kept.keep("start", runner.starting(calibration), len(calibration))
+        for number, block in enumerate(blocks):
+            layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
+            seen = None
+            if runner and hidden is not None:
+                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input)
+            # What it sees is let go of by itself, input by input.
+            coded = {} if seen is None else look.learned(layers, replace(seen))
+            for group in by_input(layers).values():
+                look.at(group, seen, coded, scores)
+            del seen  # before activations are carried on
+            after = None
+            if runner and hidden is not None and (of_blocks or block != blocks[-1]):
+                # What a measure compares with what comes out may not be overwritten.
+                into = None if of_blocks else hidden
+                parts = runner.carry(block, hidden, {})
+                after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
+            for method in of_blocks:
+                given = _block_evidence(method, prepared.source, layers, hidden, after)
+                value = float(method.run(**given))
+                scores[method.name] |= {layer.name: value for layer in layers}
+            hidden = after
+            progress.step(block)
+    return Survey(levels, look.losses, scores)
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
@@ -116,7 +134,8 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
             f"{needy[0]} reads what only a calibration text can show.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
-    running = [m.id for m in methods if m.unit == "block" and m.needs == "calibration"]
+    measures = (m for m in methods if m.verb == "measure")
+    running = [m.id for m in measures if m.unit == "block" and m.needs == "calibration"]
     if running and prepared.runner and prepared.runner.whole:
         raise UserError(
             f"{running[0]} compares what goes into a block with what comes out, and "
@@ -125,7 +144,7 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
         )
 
 
-def _known(
+def known_losses(
     found: Structure,
     levels: Mapping[str, Sequence[LayerPlan]],
     options: Options,
@@ -141,6 +160,14 @@ def _known(
     return {name: losses for name, losses in kept.items() if losses is not None}
 
 
+def missing(
+    known: Mapping[str, Losses], levels: Mapping[str, Sequence[LayerPlan]]
+) -> dict[str, list[LayerPlan]]:
+    """The levels whose losses are not known, by layer; no layer of which all are."""
+    left = {name: _missing(known.get(name), plans) for name, plans in levels.items()}
+    return {name: works for name, works in left.items() if works}
+
+
 def _missing(losses: Losses | None, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The plans whose losses are not known, each once and without its reasons."""
     works = dict.fromkeys(plan.work for plan in plans)
@@ -148,14 +175,79 @@ def _missing(losses: Losses | None, plans: Sequence[LayerPlan]) -> list[LayerPla
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Look:
+    """What is to be found out about layers, and what is known of them by now."""
+
+    source: Source
+    levels: Mapping[str, Sequence[LayerPlan]]
+    options: Options
+    measures: Sequence[catalogue.Method]
+    candidates: Candidates | None
+    known: Mapping[str, Losses]
+    losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
+
+    def words(self) -> frozenset[str]:
+        """The evidence of calibration that it takes: an error is one of the layer's output."""
+        gram = frozenset({"gram"}) if self.levels else frozenset[str]()
+        tried = words_of(plan for plans in self.levels.values() for plan in plans)
+        return calibrated_words(self.measures) | tried | gram
+
+    def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
+        """The codes of a block's layers that are learned together, at each level that needs it."""
+        asked = missing(self.known, {one.name: self.levels.get(one.name, ()) for one in layers})
+        works = {replace(work, rank=0) for works in asked.values() for work in works if work.joint}
+        members = [one for one in layers if not alone(one, whole=seen.runner.whole)]
+        hidden = seen.carried()
+        if not works or not members or hidden is None:
+            return {}
+        evidence = {reads: seen.of(group) for reads, group in by_input(members).items()}
+        weights = [_weight(self.source, layer) for layer in members]
+        return {
+            work: learned_together(
+                seen.runner,
+                seen.block,
+                members,
+                weights,
+                [evidence[layer.reads] for layer in members],
+                [work] * len(members),
+                self.options,
+                inputs=hidden[:],
+                targets=seen.runner.forward(seen.block, hidden[:], {}),
+                changed={},
+            )
+            for work in works
+        }
+
+    def at(
+        self,
+        group: Sequence[Layer],
+        seen: Seen | None,
+        coded: Learnt,
+        scores: dict[str, dict[str, float]],
+    ) -> None:
+        """Look at layers that read one input, unless all is known of them."""
+        asked = {one.name: self.levels.get(one.name, ()) for one in group}
+        if not self.measures and not missing(self.known, asked):
+            self.losses.update({n: self.known[n] for n in asked if n in self.known})
+            return
+        evidence = {} if seen is None else seen.of(group)
+        weights = [_weight(self.source, layer) for layer in group]
+        trial = Trial(group, weights, evidence, self.options, coded)
+        for method in self.measures:
+            scores[method.name] |= trial.scores(method, self.levels)
+        self.losses.update(trial.losses(self.levels, self.known, self.candidates))
+
+
+@dataclass(frozen=True)
+class Trial:
     """Layers that read one input, their weights, and what was seen of the input."""
 
     group: Sequence[Layer]
     weights: Sequence[Tensor]
     evidence: Mapping[str, Any]
     options: Options
-    made: Made
+    coded: Learnt = field(default_factory=dict[LayerPlan, Mapping[str, Coded]])
+    made: Made = field(default_factory=dict[tuple[Any, ...], list[Any]])
 
     def losses(
         self,
@@ -165,19 +257,19 @@ class _Trial:
     ) -> dict[str, Losses]:
         """What each level costs each layer; what was not known is made, and kept."""
         found = {one.name: known[one.name] for one in self.group if one.name in known}
-        missing = {
+        asked = {
             one.name: _missing(found.get(one.name), levels.get(one.name, ())) for one in self.group
         }
-        works = {work for plans in missing.values() for work in plans}
+        works = {work for plans in asked.values() for work in plans}
         for work in self._in_order(works):
-            members = [n for n, one in enumerate(self.group) if work in missing[one.name]]
+            members = [n for n, one in enumerate(self.group) if work in asked[one.name]]
             for done in self._transformed(members, [work] * len(members)):
                 found[done.layer.name] = Losses.of(done).joined(found.get(done.layer.name))
                 if candidates is not None:
                     candidates.keep(done, self.options)
         if candidates is not None:
             for layer in self.group:
-                if missing[layer.name]:
+                if asked[layer.name]:
                     candidates.keep_losses(layer, found[layer.name], self.options)
         return found
 
@@ -197,7 +289,8 @@ class _Trial:
     def _transformed(self, members: Sequence[int], plans: Sequence[LayerPlan]) -> list[Transformed]:
         group = [self.group[n] for n in members]
         weights = [self.weights[n] for n in members]
-        return transform(group, weights, self.evidence, plans, self.options, self.made)
+        coded = self.coded.get(replace(plans[0], rank=0))
+        return transform(group, weights, self.evidence, plans, self.options, self.made, coded)
 
     def scores(
         self, method: catalogue.Method, levels: Mapping[str, Sequence[LayerPlan]]
@@ -238,9 +331,7 @@ def _weight(source: Source, layer: Layer) -> Tensor:
 
 def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
     """A level as a plan of one layer: its method if that can be used there, or plain rounding."""
-    if level.bits is None or catalogue.get(f"quantize/{level.method}").rows != "input":
-        return level
-    if layer.feeder:
+    if level.bits is None or layer.feeder or not level.quantizer.must_fold:
         return level
     reason = f"rtn: nothing that feeds it can take {level.method} scales"
     return replace(
@@ -248,11 +339,60 @@ def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
     )
 
 
+def settled(
+    levels: Sequence[LayerPlan], item: Sequence[Layer], source: Source, options: Options
+) -> list[LayerPlan]:
+    """Levels with what their quantizers settle of them by the weights of layers that share one.
+
+    The layers are one matrix to a quantizer, as they are to a server; where they read inputs of
+    several widths they are none, and nothing is settled.
+    """
+    known: dict[LayerPlan, Mapping[str, Any]] = {}
+    made: list[LayerPlan] = []
+    alike = len({layer.width for layer in item}) == 1
+    for level in levels:
+        method = level.quantizer
+        if level.bits is None or method.settles is None:
+            made.append(level)
+            continue
+        grid = LayerPlan(level.bits, level.group, level.symmetric, level.method)
+        if grid not in known and alike:
+            weight = torch.cat([layer.read(source).float() for layer in item])  # (rows, in)
+            given = {"group": level.group or weight.shape[1], "symmetric": level.symmetric}
+            own = options.get(method.id, {})
+            check_options(method.id, own)
+            known[grid] = method.settles(weight, bits=level.bits, **given, **own)
+        found = known.get(grid, {"why": f"group {level.group}, for layers of several widths"})
+        why = "; ".join(filter(None, (level.why, found.get("why", ""))))
+        made.append(replace(level, **{**found, "why": why}))
+    return made
+
+
+def everywhere(
+    level: LayerPlan, found: Structure, source: Source, options: Options
+) -> dict[str, LayerPlan]:
+    """One level as the plan of every layer, by name."""
+    made: dict[str, LayerPlan] = {}
+    for item in found.items():
+        (one,) = settled([level], item, source, options)
+        made |= {layer.name: for_layer(one, layer) for layer in item}
+    return {name: made[name] for name in found.layers}
+
+
 def _block_evidence(
-    method: catalogue.Method, weights: list[Tensor], hidden: Tensor | None, after: Tensor | None
+    method: catalogue.Method,
+    source: Source,
+    layers: Sequence[Layer],
+    hidden: Activations | None,
+    after: Activations | None,
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {"weights": weights}
+    made: dict[str, Any] = {}
+    if "weights" in method.evidence:
+        made["weights"] = [_weight(source, layer) for layer in layers]
     if hidden is not None and after is not None:
-        made["inputs"] = hidden.flatten(0, -2)
-        made["outputs"] = after.flatten(0, -2)
-    return {word: made[word] for word in method.evidence}
+        made |= {
+            word: states[:].flatten(0, -2)
+            for word, states in (("inputs", hidden), ("outputs", after))
+            if word in method.evidence
+        }
+    return made

@@ -23,13 +23,16 @@ import yaml
 
 from layerwise import export
 from layerwise.core import catalogue
+from layerwise.core.activations import shelf
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import open_source
+from layerwise.core.economy import LAVISH, Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.folding import Rewriting, notes_of
+from layerwise.core.forecast import Outlook
 from layerwise.core.outcome import Comparison, Sweep, SweepPoint
 from layerwise.core.plan import LayerPlan, Plan, to_yaml
 from layerwise.core.progress import Progress, Silent
@@ -37,12 +40,14 @@ from layerwise.core.staging import check_target, partial_folder
 from layerwise.core.structure import structure
 from layerwise.core.written import rebuilt
 from layerwise.flow import market as markets
+from layerwise.flow import sensitivity
 from layerwise.flow.identity import candidates_of, sweep_identity
-from layerwise.flow.planning import make_plan
+from layerwise.flow.planning import looking_for, make_plan
 from layerwise.flow.preparing import Prepared, Texts, check, prepare, rewritten
 from layerwise.flow.probing import Probe
+from layerwise.flow.promising import comparing, fitting, search_foresight
 from layerwise.flow.reporting import SWEEP
-from layerwise.flow.survey import for_layer, survey
+from layerwise.flow.survey import everywhere, survey
 from layerwise.flow.wish import Wish
 from layerwise.report import html, pareto_svg
 
@@ -92,6 +97,7 @@ class Setting:
         needing: What else cannot do without a calibration text.
         learning: What else reads the calibration text.
         rewriting: What the model becomes first.
+        economy: What to hold on disk, and how much to take up at a time.
     """
 
     model: str
@@ -104,12 +110,13 @@ class Setting:
     needing: Sequence[str]
     learning: Sequence[str]
     rewriting: Rewriting = field(default_factory=Rewriting)
+    economy: Economy = LAVISH
 
     def prepared(self) -> Prepared:
         """The model, opened, with its texts."""
         how: Any = {"device": self.device, "trust_remote_code": self.trust_remote_code}
         source = rewritten(open_source(self.model), self.rewriting, self.texts, **how)
-        return prepare(
+        made = prepare(
             source,
             structure(source),
             [catalogue.get(id) for id in self.methods],
@@ -118,6 +125,14 @@ class Setting:
             learning=self.learning,
             **how,
         )
+        return self.running(made)
+
+    def running(self, prepared: Prepared) -> Prepared:
+        """The same, with as many tokens run at once as the economy allows."""
+        runner = prepared.runner
+        if runner is None:
+            return prepared
+        return replace(prepared, runner=runner.running(self.economy.tokens))
 
     def candidates(self, prepared: Prepared) -> Candidates:
         """What is kept of its layers."""
@@ -175,6 +190,7 @@ def sweep(
     *,
     processes: int = 1,
     ray: str = "",
+    max_memory: str = "",
     recipe: Mapping[str, Any],
 ) -> Sweep:
     """Find every point, and write a directory that tells of them.
@@ -187,13 +203,18 @@ def sweep(
         processes: Find points in so many processes.
         ray: Find them on the Ray cluster at this address instead; "auto" for the one that is
             there, or one of this machine alone.
+        max_memory: The most memory that all processes may hold together, such as "4GiB", or each
+            of them on a cluster; "" for no limit.
         recipe: How the sweep was asked for.
 
     Raises:
-        UserError: The output exists, another sweep stopped there, or a point cannot be had.
+        UserError: The output exists, another sweep stopped there, a point cannot be had, or the
+            limit of memory cannot be kept.
     """
     begun = time.perf_counter()
     check_target(out)
+    if max_memory:
+        memory_limit(max_memory)  # what is no amount is refused before anything is read
     prepared = setting.prepared()
     if prepared.runner is None or prepared.heldout is None:
         raise UserError(
@@ -205,6 +226,10 @@ def sweep(
     done = _taken_up(folder, out, sweep_identity(prepared, [asdict(point) for point in points]))
     missing = [point for point in points if point.name not in done]
     if missing:
+        if max_memory:
+            economy = _promised(setting, prepared, missing, 1 if ray else processes, max_memory)
+            setting = replace(setting, economy=economy)
+            prepared = setting.running(prepared)
         _survey(prepared, setting, missing, progress)
         progress.stage("points", len(missing))
     for found in _found(setting, prepared, missing, processes, ray):
@@ -225,7 +250,7 @@ def sweep(
         format=points[0].wish.format,
         bytes_before=prepared.source.size,
         seconds=time.perf_counter() - begun,
-        notes=[*notes_of(prepared.source), *_notes(points)],
+        notes=[*notes_of(prepared.source), *_notes(points), *setting.economy.notes()],
         environment=environment(setting.device),
         recipe=recipe,
     )
@@ -284,23 +309,64 @@ def _survey(
     prepared: Prepared, setting: Setting, points: Sequence[Point], progress: Progress
 ) -> None:
     """Try every level of every point, once, and keep what came of it."""
+    survey(
+        prepared,
+        _every_level(prepared, points),
+        options=points[0].wish.options,
+        candidates=setting.candidates(prepared),
+        economy=setting.economy,
+        progress=progress,
+    )
+
+
+def _every_level(prepared: Prepared, points: Sequence[Point]) -> dict[str, list[LayerPlan]]:
+    """The levels of all points, by layer."""
     levels: dict[str, dict[LayerPlan, None]] = {name: {} for name in prepared.found.layers}
     for point in points:
         for name, plans in _levels(prepared, point).items():
             levels[name] |= dict.fromkeys(plan.work for plan in plans)
-    survey(
-        prepared,
-        {name: list(plans) for name, plans in levels.items()},
-        options=points[0].wish.options,
-        candidates=setting.candidates(prepared),
-        progress=progress,
+    return {name: list(plans) for name, plans in levels.items()}
+
+
+def _promised(
+    setting: Setting, prepared: Prepared, points: Sequence[Point], processes: int, limit: str
+) -> Economy:
+    """How a sweep keeps within a limit: all levels are tried first, and then points are found.
+
+    Raises:
+        UserError: It cannot; the message names the least that can.
+    """
+    candidates, levels = setting.candidates(prepared), _every_level(prepared, points)
+    wish = points[0].wish.fitted(prepared.found)
+    weights = "" if all(point.uniform for point in points) else sensitivity.chosen(wish, prepared)
+    assert prepared.heldout is not None
+    looking = replace(
+        looking_for(prepared, wish, levels, (), weights, candidates),
+        together=len(prepared.heldout.ids),
+        comparing=comparing(False),
     )
+    tried = search_foresight(prepared, replace(looking, gradients=0, apart=0, together=0))
+    found = search_foresight(prepared, replace(looking, levels={}))
+
+    def forecast(economy: Economy) -> Outlook:
+        first, each = tried.forecast(economy), found.forecast(economy)
+        # While other processes find points, this one waits with what it held from the start.
+        waiting = min(each.stages.values()) if processes > 1 else 0
+        stages = dict(first.stages)
+        for stage, held in each.stages.items():
+            stages[stage] = max(stages.get(stage, 0), waiting + processes * held)
+        return Outlook(max(stages.values()), first.seconds, stages)
+
+    economy, _ = fitting(forecast, found.economies(), limit, "the sweep")
+    return economy
 
 
 def _levels(prepared: Prepared, point: Point) -> Mapping[str, Sequence[LayerPlan]]:
     wish = point.wish.fitted(prepared.found)
     if point.uniform:
-        return {n: [for_layer(wish.level(wish.bits), x)] for n, x in prepared.found.layers.items()}
+        level, found = wish.level(wish.bits), prepared.found
+        plans = everywhere(level, found, prepared.source, wish.options)
+        return {name: [plan] for name, plan in plans.items()}
     return markets.of_bytes(wish, prepared).by_layer()
 
 
@@ -309,17 +375,20 @@ def find(setting: Setting, prepared: Prepared, point: Point) -> Found:
     begun = time.perf_counter()
     assert prepared.heldout is not None
     candidates = setting.candidates(prepared)
-    plan = replace(make_plan(prepared, point.wish, candidates, Silent()).plan, inputs="original")
+    planned = make_plan(prepared, point.wish, candidates, Silent(), economy=setting.economy)
+    plan = replace(planned.plan, inputs="original")
     # On another machine, or in a cache that is too small for all, some are to be made again.
     survey(
         prepared,
         {name: [layer] for name, layer in plan.layers.items() if layer.steps},
         options=plan.options,
         candidates=candidates,
+        economy=setting.economy,
         progress=Silent(),
     )
-    probe = Probe(prepared, plan.format, plan.options, candidates, prepared.heldout.ids)
-    seen = probe.compared(plan.layers, prepared.heldout)
+    with shelf(setting.economy.on_disk, candidates.cache.folder) as kept:
+        probe = Probe(prepared, plan.format, plan.options, candidates, prepared.heldout.ids, kept)
+        seen = probe.compared(plan.layers, prepared.heldout)
     made = SweepPoint(
         method=point.method,
         budget=point.budget,

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import Parameter
 from typing import Any, Literal, get_type_hints
 
 from layerwise import export
@@ -37,9 +38,10 @@ class Wish:
         allow: What a budget may choose among, by "bits", "density" and "rank": every combination
             is a level.  Bits None is the layer's own dtype; bits that are not named are those
             of `LEVELS` that the method has and the server loads.
-        group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that
-            divides the width of every layer, or the row if none does, or what the format has.
-        symmetric: No zero points; None for what the format takes, with zero points if it may.
+        group: Inputs that share a grid; 0 is the whole row, None the largest of `GROUPS` that is
+            not above the quantizer's own and divides the width of every layer, or the row if none
+            is, or what the format has.
+        symmetric: No zero points; None for what the format takes and the quantizer does by itself.
         method: Quantizer.
         density: Fraction of weights kept.
         pruner: Pruner.
@@ -170,8 +172,10 @@ class Wish:
         """The plan of a layer at a width, on the grid that its format has for it."""
         format = export.kind(self.format)
         group, symmetric = format.grid(bits or 0)
-        # A float needs no zero point to lie on both sides of 0.0.
-        centred = self._rules.symmetric or (bits is not None and self._quantizer.codes == "float8")
+        # Points that lie alike on both sides of 0.0 need no zero points.
+        pointed = self._quantizer.codes in ("float8", "points", "books")
+        alike = bits is not None and (pointed or self._usual("symmetric", False))
+        centred = self._rules.symmetric or alike
         return LayerPlan(
             bits,
             (group or 0) if self.group is None else self.group,
@@ -209,7 +213,12 @@ class Wish:
             return self
         widths = {layer.width for layer in found.layers.values()}
         loaded = (self._rules.groups or {}).get(self._quantizer.codes, GROUPS)
-        fitting = (g for g in GROUPS if g in loaded and all(w % g == 0 for w in widths))
+        usual = [
+            group
+            for group in GROUPS
+            if group in loaded and group <= self._usual("group", GROUPS[0])
+        ]
+        fitting = (g for g in usual if all(w % g == 0 for w in widths))
         return replace(self, group=next(fitting, 0))
 
     def methods(self) -> list[catalogue.Method]:
@@ -231,6 +240,11 @@ class Wish:
     @property
     def _quantizer(self) -> catalogue.Method:
         return catalogue.get(f"quantize/{self.method}")
+
+    def _usual(self, option: str, otherwise: Any) -> Any:
+        """What the quantizer's option is if nothing is said; another value if it must be given."""
+        default = self._quantizer.options[option].default
+        return otherwise if default is Parameter.empty else default
 
     @property
     def _rules(self) -> servers.Rules:

@@ -49,6 +49,8 @@ def evidence(words: tuple[str, ...], weight: Float[Tensor, "out in"]) -> Mapping
         "outputs": inputs @ weight.float().T if "weight" in words else inputs.roll(1, 0) + inputs,
         "gram": inputs.T @ inputs / len(inputs),  # (in, in)
         "magnitude": inputs.abs().mean(dim=0),  # (in,)
+        "peak": inputs.abs().amax(dim=0),  # (in,)
+        "attention": torch.rand(4, TOKENS // 4, generator=noise),  # (windows, length)
         "scores": torch.tensor([0.5, 2.0, 0.0, 1.0]),
         "costs": costs,
         "errors": _errors(costs),

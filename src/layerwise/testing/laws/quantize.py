@@ -13,11 +13,14 @@ from layerwise.core.results import Quantized
 from layerwise.testing import cases
 
 BITS = (1, 3, 8)
+_STEPS = 12
 _SCALES = (torch.float16, torch.bfloat16)
 
 
 def codes_fit_their_width(method: Method) -> None:
     """No code and no zero point needs more than `bits` bits, and no shape changes."""
+    if method.stores is not Quantized:
+        return
     for name, weight in cases.weights().items():
         for bits in _widths(method, *BITS):
             quantized = _quantize(method, weight, bits=bits)
@@ -29,6 +32,8 @@ def codes_fit_their_width(method: Method) -> None:
 
 def scales_are_storable(method: Method) -> None:
     """There is one positive, normal, 16-bit scale for every group, however short the last is."""
+    if method.stores is not Quantized:
+        return
     for name, weight in cases.weights().items():
         for factor in (1e-6, 1.0, 1e5):
             quantized = _quantize(method, factor * weight, bits=cases.width(method, 2), group=32)
@@ -45,8 +50,13 @@ def reports_what_was_asked(method: Method) -> None:
     for asked, group, symmetric in ((4, 32, True), (3, 100, False), (8, 1000, True)):
         bits = cases.width(method, asked)
         quantized = _quantize(method, weight, bits=bits, group=group, symmetric=symmetric)
-        assert (quantized.bits, quantized.group) == (bits, group)
+        assert quantized.bits == bits
+        if method.stores is not Quantized:
+            continue
+        assert quantized.group == group
         assert quantized.symmetric == symmetric
+        if method.stores is not Quantized:
+            continue
         points = quantized.points
         middle = 2 ** (bits - 1) if points is None else int(points.abs().argmin())
         assert not symmetric or bool((quantized.zero == middle).all())
@@ -114,7 +124,9 @@ def refuses_nonsense(method: Method) -> None:
     """Impossible options and broken weights are the user's to put right, not a wrong result."""
     weight = cases.weights()["plain"]
     absent = [{"bits": bits} for bits in range(18) if bits not in method.widths]
-    for options in ({"group": 0}, *absent):
+    # Where a group of 0 is what the method has by itself, it is the whole row.
+    rows = [{"group": 0}] if method.options["group"].default else []
+    for options in ({"group": -1}, *rows, *absent):
         assert _refuses(method, weight, **options), options
     for value in (math.nan, math.inf, -math.inf):
         spoilt = weight.clone()
@@ -122,10 +134,12 @@ def refuses_nonsense(method: Method) -> None:
         assert _refuses(method, spoilt), value
 
 
-def _quantize(method: Method, weight: Tensor, **options: Any) -> Quantized:
+def _quantize(method: Method, weight: Tensor, **options: Any) -> Any:
     # Evidence that a wrong weight would spoil is made from a sound one.
     given = dict(cases.evidence(method.evidence, weight.nan_to_num(0, 0, 0)))
-    ordinary = {"bits": cases.width(method, 4)}
+    # What is learned keeps the laws from its first step on.
+    learned = {"steps": _STEPS} if method.learns is not None else {}
+    ordinary = {"bits": cases.width(method, 4), **learned}
     return method.run(**{**given, "weight": weight}, **ordinary | options)
 
 
@@ -139,6 +153,8 @@ def _loss(approximation: Tensor, given: Mapping[str, Any]) -> float:
     error = (approximation - given["weight"].float()).double()
     if "gram" in given:
         return float((error @ given["gram"].double() * error).sum())
+    if "inputs" in given:
+        return float((error @ given["inputs"].double().T).square().sum())
     return float(error.square().sum())
 
 

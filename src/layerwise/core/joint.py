@@ -1,0 +1,86 @@
+"""The layers of a block whose codes are learned together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.candidates import Options
+from layerwise.core.learning import BlockError, Learned, learn
+from layerwise.core.plan import LayerPlan
+from layerwise.core.results import Coded
+from layerwise.core.runner import Runner
+from layerwise.core.structure import Layer
+
+
+def learned_together(
+    runner: Runner,
+    block: str,
+    layers: Sequence[Layer],
+    weights: Sequence[Float[Tensor, "_ _"]],
+    evidence: Sequence[Mapping[str, Any]],
+    plans: Sequence[LayerPlan],
+    options: Options,
+    *,
+    inputs: Tensor,
+    targets: Tensor,
+    changed: Mapping[str, Tensor],
+) -> dict[str, Coded]:
+    """Learn codes from the error of a block's answer; those of one method at a time.
+
+    Args:
+        runner: Runs the model.
+        block: One of its blocks.
+        layers: Layers of it; none is an expert.
+        weights: Their weights, float32.
+        evidence: What calibration saw of the input of each.
+        plans: Their plans, all of methods that learn.
+        options: Options of methods, by id.
+        inputs: What the block sees of the calibration text, (windows, ...).
+        targets: What it is to answer to it.
+        changed: Tensors of the source that other layers of the block have become, by name.
+
+    Returns:
+        The codes, by layer.
+    """
+    coded: dict[str, Coded] = {}
+    changed = dict(changed)
+    by_method: dict[str, list[int]] = {}
+    for number, plan in enumerate(plans):
+        by_method.setdefault(plan.method, []).append(number)
+    for numbers in by_method.values():
+        chosen = [layers[n] for n in numbers]
+        learning = [
+            _learning(layers[n], weights[n], evidence[n], plans[n], options) for n in numbers
+        ]
+        shapes = [runner.source.tensors[layer.tensor].shape for layer in chosen]
+        problem = BlockError(
+            runner.block_answer(block, changed),
+            chosen,
+            shapes,
+            inputs,
+            targets,
+            learning[0].schedule.batch,
+        )
+        learn(learning, problem)
+        for layer, learned, shape in zip(chosen, learning, shapes, strict=True):
+            coded[layer.name] = learned.coded()
+            with torch.no_grad():
+                changed[layer.tensor] = layer.store(learned.weight(), shape)
+    return coded
+
+
+def _learning(
+    layer: Layer,
+    weight: Tensor,
+    evidence: Mapping[str, Any],
+    plan: LayerPlan,
+    options: Options,
+) -> Learned:
+    method = plan.quantizer
+    assert method.learns is not None
+    grid = {"bits": plan.bits, "group": plan.group or layer.width, "symmetric": plan.symmetric}
+    seen = {word: evidence[word] for word in method.evidence if word != "weight"}
+    return method.learns(weight=weight, **seen, **dict(options.get(method.id, {})) | grid)

@@ -1,0 +1,180 @@
+"""Auto: the best of a short list for each layer, then learned from there."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core import catalogue
+from layerwise.core.catalogue import Claim, Paper
+from layerwise.core.learning import OutputError, learn
+from layerwise.core.results import Coded, Quantized
+from layerwise.core.statistics import check_statistics
+from layerwise.core.verbs import quantizer
+from layerwise.quantize._grid import by_group, check_grid, storable
+from layerwise.quantize._rounding import Shifted
+
+# From here on rounding to nearest loses so little that nothing is worth trying.
+_FINE_BITS = 8
+# The largest energy of an input, in means of all, from which the order of rounding matters.
+_UNEVEN = 10.0
+# A weight that the short list rounded to another point than the nearest keeps this far from where
+# it would go back: less than half a step, so that it starts where it was left.
+_INSIDE = 0.49
+
+
+class Auto(Shifted):
+    """A layer that starts from its best candidate; the arguments are those of `auto`."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        gram: Float[Tensor, "in in"],
+        *,
+        bits: int,
+        group: int = 128,
+        symmetric: bool = False,
+        steps: int = 100,
+        batch: int = 4,
+    ) -> None:
+        self.start, self.note = _best(weight, gram, bits, group, symmetric)
+        self.scale, self.zero = self.start.scale.float(), self.start.zero.float()
+        codes = by_group(
+            self.start.codes.float() - _spread(self.zero, group, weight.shape[1]), group
+        )
+        exact = by_group(weight, group) / self.scale[..., None]
+        placed = codes + (exact - codes).clamp(-_INSIDE, _INSIDE)
+        super().__init__(
+            placed * self.scale[..., None],
+            weight.shape[1],
+            torch.ones_like(self.scale),
+            bits=bits,
+            group=group,
+            symmetric=symmetric,
+            steps=0 if bits >= _FINE_BITS else steps,
+            batch=batch,
+        )
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """The candidate's grid, with a share of its step."""
+        wide = self.scale * self.shares
+        return storable(wide.detach()) + (wide - wide.detach()), self.zero
+
+    def coded(self) -> Quantized:
+        """The present codes, with a note of what they started from."""
+        made = super().coded()
+        same = torch.equal(made.codes, self.start.codes) and torch.equal(
+            made.scale, self.start.scale
+        )
+        return self.start if same else _noted(made, f"{self.note}, then learned")
+
+
+@quantizer(
+    Paper("layerwise", 2026),
+    claims=(
+        Claim(
+            "gptq",
+            "stories-char-940k/quantize",
+            {"group": 32, "symmetric": True, "bits": 3},
+            0.2,
+            "ours: the best of a short list, learned on",
+        ),
+        Claim(
+            "signround",
+            "stories-char-940k/quantize",
+            {"group": 32, "symmetric": True, "bits": 3},
+            0.0,
+            "ours: beats each single method at 3 bits",
+        ),
+    ),
+    exempt={"pruned_weights_stay_zero": "a zero moves to absorb the errors of its row"},
+    learns=Auto,
+    unit="block",
+)
+def auto(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    *,
+    bits: int,
+    group: int = 128,
+    symmetric: bool = False,
+    steps: int = 100,
+    batch: int = 4,
+) -> Coded:
+    """Try what suits a layer, keep the best of it, and learn the rounding from there.
+
+    The short list goes by what the data shows: rounding to nearest alone from 8 bits on, and for a
+    layer that no token reached; else GPTQ, in the order of the inputs' energies, too, where one of
+    them has 10 times the mean.  The candidate that loses least of the layer's output is kept.  Its
+    codes c and steps s then start what SignRound learns (see there): with the weight w moved no
+    further from s (c - z) than keeps it there, a shift within half a step and a share of s are
+    moved against the sign of their gradients.  All candidates take the same bytes.
+
+    Args:
+        weight: Layer to quantize.
+        gram: Mean of x x^T over calibration tokens.
+        bits: Width of a code, from 1 to 16.
+        group: Inputs that share a grid.
+        symmetric: Centre every grid on 0.0, so that no zero points are stored.
+        steps: Updates; 0 keeps the candidate.
+        batch: Windows that each update sees, where a block's layers are learned together.
+
+    Returns:
+        Codes and grids.  A note says which candidate won, and whether learning went further.
+
+    Raises:
+        UserError: An option is out of range, or a value is NaN or infinite.
+    """
+    check_statistics(gram)
+    layer = Auto(
+        weight, gram, bits=bits, group=group, symmetric=symmetric, steps=steps, batch=batch
+    )
+    learn([layer], OutputError(weight.float(), gram.float()))
+    return layer.coded()
+
+
+def _best(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    bits: int,
+    group: int,
+    symmetric: bool,
+) -> tuple[Quantized, str]:
+    """The candidate that loses least of the layer's output, and its name."""
+    check_grid(weight, bits, group)
+    problem = OutputError(weight.float(), gram.float())
+    best: tuple[float, Quantized, str] | None = None
+    for name, options in _short_list(gram, bits):
+        method = catalogue.get(f"quantize/{name}")
+        given = {"gram": gram} if "gram" in method.evidence else {}
+        made = method.run(
+            weight=weight, **given, bits=bits, group=group, symmetric=symmetric, **options
+        )
+        lost = problem.judged([made.dequantize()])
+        if best is None or lost < best[0]:
+            said = " ".join([name, *options])
+            best = (lost, _noted(made, said), said)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _short_list(gram: Float[Tensor, "in in"], bits: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    energy = gram.diagonal()
+    if bits >= _FINE_BITS or not bool((energy > 0).any()):
+        yield "rtn", {}
+        return
+    yield "gptq", {}
+    if float(energy.max()) > _UNEVEN * float(energy.mean()):
+        yield "gptq", {"act_order": True}
+
+
+def _noted(made: Quantized, note: str) -> Quantized:
+    return replace(made, notes=(*made.notes, note))
+
+
+def _spread(zero: Float[Tensor, "out groups"], group: int, width: int) -> Float[Tensor, "out in"]:
+    """Zero points of each input's grid."""
+    return zero.repeat_interleave(group, dim=1)[:, :width]

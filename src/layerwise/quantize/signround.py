@@ -1,0 +1,116 @@
+"""SignRound: learn which way each weight is rounded, and each grid's range, by signed gradients."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerwise.core.catalogue import Claim, Paper
+from layerwise.core.learning import learned_alone, rounded
+from layerwise.core.results import Coded
+from layerwise.core.statistics import check_statistics
+from layerwise.core.verbs import quantizer
+from layerwise.quantize._grid import by_group, check_grid, storable
+from layerwise.quantize._rounding import Shifted
+
+
+class SignRound(Shifted):
+    """A layer whose rounding is being learned; the arguments are those of `signround`."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        gram: Float[Tensor, "in in"] | None = None,
+        *,
+        bits: int,
+        group: int = 128,
+        symmetric: bool = False,
+        steps: int = 200,
+        batch: int = 8,
+    ) -> None:
+        check_grid(weight, bits, group)
+        grouped = by_group(weight, group)  # (out, groups, group)
+        self.low = grouped.amin(dim=-1).clamp(max=0)
+        self.high = grouped.amax(dim=-1).clamp(min=0)
+        super().__init__(
+            grouped,
+            weight.shape[1],
+            torch.ones(2, *self.low.shape),
+            bits=bits,
+            group=group,
+            symmetric=symmetric,
+            steps=steps,
+            batch=batch,
+        )
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """The grid over the shares of the range on both sides of 0.0."""
+        top = 2**self.bits - 1
+        low, high = self.low * self.shares[0], self.high * self.shares[1]
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        wide = high / top - low / top
+        scale = storable(wide.detach()) + (wide - wide.detach())
+        if self.symmetric:
+            return scale, torch.full_like(low, 2 ** (self.bits - 1))
+        return scale, rounded(-low / scale)
+
+
+@quantizer(
+    Paper(
+        "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs",
+        2023,
+        "2309.05516",
+    ),
+    claims=(
+        Claim(
+            "rtn",
+            "stories-char-940k/quantize",
+            {"group": 32, "symmetric": True, "bits": 4},
+            0.5,
+            "table 2: LLaMA-2-7B at 4 bits in groups of 128, above rounding and GPTQ",
+        ),
+    ),
+    exempt={
+        "each_bit_quarters_the_loss": "a weight goes up or down and no further, which "
+        "cannot make up for what an input 30 times the others loses",
+    },
+    learns=SignRound,
+    unit="block",
+)
+def signround(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    *,
+    bits: int,
+    group: int = 128,
+    symmetric: bool = False,
+    steps: int = 200,
+    batch: int = 8,
+) -> Coded:
+    """Learn a shift of each weight before it is rounded, and how much of its range a grid spans.
+
+        scale = (beta max(w, 0) - alpha min(w, 0)) / (2^bits - 1)
+        code  = clamp(round(w / scale + v) + zero, 0, 2^bits - 1)            (eq. 2, 3)
+
+    with v in [-1/2, 1/2] and alpha, beta in [1/2, 1], all of them moved against the sign of their
+    gradient by a rate that falls from 1 / steps to 0 (algorithm 1).  What is minimized is the error
+    of the block's answer, all of its layers learned together, where a model runs block by block;
+    for one layer alone it is the error of its output.  Rounding passes gradients on as they come.
+    The best parameters on windows that no step saw are kept.
+
+    Args:
+        weight: Layer to quantize.
+        gram: Mean of x x^T over calibration tokens; of use where the layer is learned alone.
+        bits: Width of a code, from 1 to 16.
+        group: Inputs that share a grid.
+        symmetric: Centre every grid on 0.0, so that no zero points are stored.
+        steps: Updates; 0 is rounding to nearest.
+        batch: Windows that each update sees.
+
+    Raises:
+        UserError: An option is out of range, or a value is NaN or infinite.
+    """
+    check_statistics(gram)
+    layer = SignRound(weight, bits=bits, group=group, symmetric=symmetric, steps=steps, batch=batch)
+    return learned_alone(layer, weight, gram)

@@ -1,0 +1,71 @@
+"""The loop that moves errors on, with a grid of its own for each column."""
+
+import torch
+
+from layerwise.quantize._feedback import factorize, feed_back
+
+
+class Halves:
+    """Rounds to multiples of a step that doubles from column to column."""
+
+    def __init__(self):
+        self.asked = []
+
+    def round(self, j, left):
+        self.asked.append(j)
+        step = 0.1 * 2 ** (j % 4)
+        return (left[j] / step).round() * step
+
+
+def problem(rows=9, width=70):
+    noise = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, width, generator=noise)
+    inputs += inputs[:, :1]
+    return torch.randn(rows, width, generator=noise), inputs.T @ inputs / 200
+
+
+def by_definition(weight, gram):
+    """The columns in turn, in float64, with the inverse of the damped matrix."""
+    damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(len(gram))
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    left, missed = weight.double().T.clone(), torch.zeros(weight.shape[1], len(weight)).double()
+    rounder = Halves()
+    for j in range(len(left)):
+        missed[j] = left[j] - rounder.round(j, left)
+        for k in range(j + 1, len(left)):
+            left[k] -= missed[j] / factor[j, j] * factor[j, k]
+    return missed, damped
+
+
+def test_any_rounding_of_columns_can_be_used():
+    weight, gram = problem()
+    rounder = Halves()
+    missed = feed_back(weight, factorize(gram, 0.01), rounder, 1000)
+    slowly, _ = by_definition(weight, gram)
+    torch.testing.assert_close(missed.double(), slowly, rtol=0, atol=1e-5)
+    assert rounder.asked == list(range(70))
+
+
+def test_the_loss_left_is_what_each_column_missed_by_its_importance():
+    weight, gram = problem()
+    factored = factorize(gram, 0.01)
+    missed, damped = by_definition(weight, gram)
+    ours = feed_back(weight, factored, Halves(), 8)
+    left = weight.T.double().clone()
+    factor = factored.factor
+    final = torch.zeros_like(left)
+    for j in range(len(left)):
+        final[j] = left[j] - missed[j]
+        left[j + 1 :] -= (factor[j, j + 1 :] / factor[j, j])[:, None] * missed[j]
+    error = final.T - weight.double()
+    loss = (error @ damped * error).sum()
+    summed = (ours.square().sum(dim=1) * factored.importance).sum().double()
+    torch.testing.assert_close(summed, loss, rtol=1e-5, atol=0)
+
+
+def test_dead_inputs_are_named_where_they_lie():
+    _, gram = problem()
+    gram[[3, 8]] = 0.0
+    gram[:, [3, 8]] = 0.0
+    for act_order in (False, True):
+        assert factorize(gram, 0.01, act_order).dead.nonzero().flatten().tolist() == [3, 8]
