@@ -131,6 +131,21 @@ def test_inputs_are_scaled_in_what_feeds_them(kind, tmp_path):
         assert not torch.equal(scaled.read(f"{name}.weight"), source.read(f"{name}.weight"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_inputs_are_scaled_after_the_stream_was_turned(kind, tmp_path):
+    source, ids = made(kind, tmp_path, tie_word_embeddings=False), models.inputs(kind)
+    stream, found = stream_of(source, Rewriting("hadamard")), structure(source)
+    norms = {layer.feeder for layer in found.layers.values() if "norm" in layer.feeder}
+    assert len(norms) == 4
+    parts = [
+        gains_folded(source, stream),
+        stream_turned(source, stream, rotation("hadamard", 32)),
+        *(inputs_scaled(source, found, norm, torch.rand(32) + 0.5) for norm in norms),
+    ]
+    scaled = Rewritten(source, combined(parts), (), {}, "", ())
+    assert same(answer(source, ids), answer(scaled, ids))
+
+
 def test_turning_a_stream_whose_norms_have_gains_is_another_function(tmp_path):
     source = made("llama", tmp_path)
     stream = stream_of(source, Rewriting("hadamard"))

@@ -106,7 +106,7 @@ class Change:
     Attributes:
         steps: What is done to it, in order.
         of: The tensor it is made of; "" for the one of its own name.
-        fill: The value of all its entries instead.
+        fill: The value of all its entries before them, whatever it held.
         offset: Is added before the steps and taken away after them.
     """
 
@@ -186,8 +186,6 @@ class Rewritten:
         change, info = self.changes.get(name), self.tensors[name]
         if change is None:
             return self.base.read(name, start, stop)
-        if change.fill is not None:
-            return torch.full(info.shape, change.fill, dtype=info.dtype)[start:stop].clone()
         rows, together = info.shape[0], change.together
         stop = rows if stop is None else min(stop, rows)
         if together < rows or stop - start == rows:
@@ -203,7 +201,10 @@ class Rewritten:
     def _made(self, name: str, change: Change, start: int, stop: int) -> Tensor:
         together = change.together
         first, last = start // together * together, -(-stop // together) * together
-        made = self.base.read(change.of or name, first, last)
+        if change.fill is None:
+            made = self.base.read(change.of or name, first, last)
+        else:
+            made = torch.full(self.tensors[name].shape, change.fill)[first:last]
         made = made.to(torch.promote_types(made.dtype, torch.float32))
         made = made + change.offset if change.offset else made
         for step in change.steps:
@@ -231,7 +232,7 @@ def rewrite(
     Args:
         source: The model.
         asked: What to do.
-        peaks: For `scale_keys`, what `key_peaks` found.
+        peaks: For `scale_keys`, what those of `pair_peaks` saw.
 
     Raises:
         UserError: Its structure is not one that can be rewritten.
