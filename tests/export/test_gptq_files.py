@@ -133,7 +133,6 @@ def test_rules_match_the_names_that_a_server_fuses_layers_under(llama):
         ({"bits": 4, "symmetric": False}, "asymmetric"),
         ({"bits": 3}, "do not fill"),
         ({"bits": 4, "group": 8}, "a group of 8"),
-        ({"bits": 8, "method": "fp8"}, "floats"),
     ],
 )
 def test_refuses_what_it_has_no_place_for(changes, problem, llama, tmp_path):

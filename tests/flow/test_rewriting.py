@@ -86,9 +86,8 @@ def test_a_plan_says_that_the_model_is_turned(llama, text, tmp_path):
     options.pop("text_samples")
     made = lw.plan(llama, calibration=text, **options)
     assert made.rewriting == Rewriting("hadamard", 7)
-    first = lw.compress(
-        llama, tmp_path / "first", plan=made, calibration=text, samples=4, length=32
-    )
+    shown = {"calibration": text, "samples": 4, "length": 32}
+    first = lw.compress(llama, tmp_path / "first", plan=made, **shown)
     file = tmp_path / "first" / "plan.yaml"
     written = yaml.safe_load(file.read_text())
     assert (written["rotate"], written["rotate_seed"]) == ("hadamard", 7)

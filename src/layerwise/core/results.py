@@ -60,6 +60,12 @@ class Coded(ABC):
                 is the whole row.  `codes` is what the quantizer says its codes stand for.
         """
 
+    @classmethod
+    def taken(cls, rows: int, width: int, told: Mapping[str, Any]) -> int:
+        """Bytes of all that, but for what only fills up words."""
+        layout = cls.layout(rows, width, told)
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
     @abstractmethod
     def parts(self, told: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those tensors."""
@@ -132,11 +138,6 @@ class Outliers:
         return [Outliers(*parts) for parts in zip(counts, *cuts, strict=True)]
 
 
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of all tensors of a layout."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
-
-
 def outlier_room(count: int, fraction: float) -> int:
     """The most entries that may be kept of so many; one at least, unless none is asked for."""
     return max(1, int(fraction * count)) if fraction > 0 else 0
@@ -207,6 +208,16 @@ class Quantized(Coded):
             made["outlier_columns"] = (_column_dtype(width), (room,))
             made["outlier_values"] = (SCALE_DTYPE, (room,))
         return made
+
+    @classmethod
+    def taken(cls, rows: int, width: int, told: Mapping[str, Any]) -> int:
+        """Bytes of all that, but for what only fills up words."""
+        layout = dict(cls.layout(rows, width, told))
+        groups = -(-width // told_group(told, width))
+        packed = {"codes": rows * width, "zero": rows * groups}
+        bits = sum(int(told["bits"]) * packed[part] for part in packed if part in layout)
+        others = [layout[part] for part in layout if part not in packed]
+        return -(-bits // 8) + sum(dtype.itemsize * math.prod(shape) for dtype, shape in others)
 
     def parts(self, told: Mapping[str, Any]) -> dict[str, Tensor]:
         """Those tensors."""

@@ -9,7 +9,6 @@ from layerwise.core.catalogue import ALL_CODES
 from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.results import layout_bytes
 from layerwise.core.structure import Layer, Structure
 
 
@@ -30,7 +29,8 @@ class Dense(Format):
         if plan.bits is None:
             stored = layer.count * info.dtype.itemsize
         else:
-            stored = layout_bytes(plan.layout(layer, self.options))
+            told = plan.told(self.options)
+            stored = plan.quantizer.stores.taken(layer.rows, layer.width, told)
         return stored + plan.rank * (layer.rows + layer.width) * info.dtype.itemsize
 
     def encode(self, done: Transformed, info: TensorInfo) -> dict[str, Tensor]:

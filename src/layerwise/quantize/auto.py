@@ -17,7 +17,7 @@ from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, storable
 from layerwise.quantize._rounding import Shifted
 
-# From here on rounding to nearest loses so little that nothing is worth trying.
+# From here on so little is lost that nothing is worth learning.
 _FINE_BITS = 8
 # The largest energy of an input, in means of all, from which the order of rounding matters.
 _UNEVEN = 10.0
@@ -106,12 +106,13 @@ def auto(
 ) -> Coded:
     """Try what suits a layer, keep the best of it, and learn the rounding from there.
 
-    The short list goes by what the data shows: rounding to nearest alone from 8 bits on, and for a
-    layer that no token reached; else GPTQ, in the order of the inputs' energies, too, where one of
-    them has 10 times the mean.  The candidate that loses least of the layer's output is kept.  Its
-    codes c and steps s then start what SignRound learns (see there): with the weight w moved no
-    further from s (c - z) than keeps it there, a shift within half a step and a share of s are
-    moved against the sign of their gradients.  All candidates take the same bytes.
+    The short list goes by what the data shows: rounding to nearest for a layer that no token
+    reached; else GPTQ, in the order of the inputs' energies, too, where one of them has 10 times
+    the mean.  The candidate that loses least of the layer's output is kept.  Its codes c and steps
+    s then start what SignRound learns (see there): with the weight w moved no further from
+    s (c - z) than keeps it there, a shift within half a step and a share of s are moved against
+    the sign of their gradients.  All candidates take the same bytes.  Nothing is learned from 8
+    bits on.
 
     Args:
         weight: Layer to quantize.
@@ -147,7 +148,7 @@ def _best(
     check_grid(weight, bits, group)
     problem = OutputError(weight.float(), gram.float())
     best: tuple[float, Quantized, str] | None = None
-    for name, options in _short_list(gram, bits):
+    for name, options in _short_list(gram):
         method = catalogue.get(f"quantize/{name}")
         given = {"gram": gram} if "gram" in method.evidence else {}
         made = method.run(
@@ -161,9 +162,9 @@ def _best(
     return best[1], best[2]
 
 
-def _short_list(gram: Float[Tensor, "in in"], bits: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _short_list(gram: Float[Tensor, "in in"]) -> Iterator[tuple[str, dict[str, Any]]]:
     energy = gram.diagonal()
-    if bits >= _FINE_BITS or not bool((energy > 0).any()):
+    if not bool((energy > 0).any()):
         yield "rtn", {}
         return
     yield "gptq", {}
