@@ -16,7 +16,7 @@ from layerwise.core import catalogue
 from layerwise.core.catalogue import Codes
 from layerwise.export.servers import SERVERS
 from layerwise.report import claims_table, page
-from layerwise.testing.claims import NOT_HERE, Verdict, check_claims
+from layerwise.testing.claims import CLOSE, FAILS, HOLDS, NOT_HERE, Verdict, check_claims
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CLAIMS = DOCS / "claims.md"
@@ -59,7 +59,10 @@ def _found() -> list[Verdict]:
 
 
 def _check_claims() -> int:
-    """Figures move a little from machine to machine; verdicts must not."""
+    """Figures move a little from machine to machine; verdicts must not turn round.
+
+    What is too close to tell here may be told elsewhere, and the other way round.
+    """
     found = _found()
     console().print(claims_table(found))
     recorded = CLAIMS.read_text().splitlines()
@@ -68,7 +71,7 @@ def _check_claims() -> int:
         for one in found
         if one.verdict != NOT_HERE
         and not any(
-            line.startswith(f"| {' | '.join(_name(one))} |") and f"| {one.verdict} |" in line
+            line.startswith(f"| {' | '.join(_name(one))} |") and _agree(one.verdict, line)
             for line in recorded
         )
     ]
@@ -76,6 +79,11 @@ def _check_claims() -> int:
         said = f"{' '.join(_name(one))}: {one.verdict}"
         print(f"{said}, which {CLAIMS} does not say", file=sys.stderr)
     return int(bool(wrong))
+
+
+def _agree(verdict: str, line: str) -> bool:
+    said = {HOLDS, FAILS} if verdict == CLOSE else {verdict}
+    return any(f"| {one} |" in line for one in (*said, CLOSE))
 
 
 def _name(one: Verdict) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The inputs of layers, rounded while a model runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -76,6 +76,11 @@ class Activation:
         """The inputs that those codes stand for."""
         codes, step = self.codes(inputs)
         return codes * step
+
+
+def needing(schemes: Iterable[str]) -> list[str]:
+    """What rounding cannot do without a calibration text, in words."""
+    return ["one scale for the inputs of all tokens"] if any(map(static, schemes)) else []
 
 
 def static(scheme: str) -> bool:

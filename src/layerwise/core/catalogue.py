@@ -62,14 +62,13 @@ Rows = Literal["independent", "layer", "input"]
 #   integer   evenly spaced points, code - zero
 #   float8    the values of an 8-bit float (E4M3, finite only); the codes are its bit patterns
 #   points    points that lie anyhow, the same for a whole layer
-#   books     points that lie anyhow, one row of several for each output
 #   outliers  evenly spaced points, and entries that are kept beside them: the fraction that there
 #             is room for is the method's option `outliers`
 #   own       what the method's own class says
-Codes = Literal["integer", "float8", "points", "books", "outliers", "own"]
+Codes = Literal["integer", "float8", "points", "outliers", "own"]
 ALL_CODES: frozenset[Codes] = frozenset(get_args(Codes))
 # Those that a mask can be laid over: a pruned weight has the code of 0.0.
-MASKABLE = frozenset[Codes]({"integer", "float8", "points", "books"})
+MASKABLE = frozenset[Codes]({"integer", "float8", "points"})
 
 # Widths of a code that a quantizer has unless it says otherwise.
 WIDTHS: Sequence[int] = range(1, 17)

@@ -23,6 +23,10 @@ _LOOKS = 8
 _APART = 8
 
 
+# What a block answers to a batch, with some tensors of the source, by name, for its own.
+BlockAnswer = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How parameters are learned.
@@ -183,7 +187,7 @@ class BlockError:
 
     def __init__(
         self,
-        answer: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+        answer: BlockAnswer,
         layers: Sequence[Layer],
         shapes: Sequence[tuple[int, ...]],
         inputs: Tensor,

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from layerwise.core import catalogue
-from layerwise.core.activation import Scheme, kind, static
+from layerwise.core.activation import Scheme, kind, needing, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.folding import Rewriting, Rotate
@@ -136,8 +136,7 @@ class Plan:
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        statics = any(static(layer.activation) for layer in self.layers.values())
-        return ["one scale for the inputs of all tokens"] if statics else []
+        return needing(layer.activation for layer in self.layers.values())
 
     def words(self) -> frozenset[str]:
         """The evidence that calibration must gather for it."""

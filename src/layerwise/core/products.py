@@ -4,6 +4,7 @@ A weight is known by where it lies in memory, so that it does not matter which m
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,17 +20,28 @@ from layerwise.core.evidence import AttentionCollector, GradientCollector, Watch
 Answer = Callable[[Tensor], Tensor]
 
 
-class Tap(TorchFunctionMode):
+class _Mode(TorchFunctionMode, ABC):
+    """Sees every call of torch's functions while it is entered."""
+
+    @abstractmethod
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+
+class Tap(_Mode):
     """Shows the input of each watched weight to its collector, whatever module multiplies it."""
 
     def __init__(self, watched: Mapping[int, Sequence[Watcher]]) -> None:
         super().__init__()
         self.watched = watched
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
         if func in _PRODUCTS:
             weight = _weight(func, args, kwargs)
             for collector in self.watched.get(weight.data_ptr(), ()):
@@ -37,17 +49,15 @@ class Tap(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Listen(TorchFunctionMode):
+class Listen(_Mode):
     """Shows the gradient of what each watched weight answers to its collector."""
 
     def __init__(self, watched: Mapping[int, Sequence[GradientCollector]]) -> None:
         super().__init__()
         self.watched = watched
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
         answer = func(*args, **kwargs)
         if func in _PRODUCTS:
             for collector in self.watched.get(_weight(func, args, kwargs).data_ptr(), ()):
@@ -56,17 +66,15 @@ class Listen(TorchFunctionMode):
         return answer
 
 
-class Answered(TorchFunctionMode):
+class Answered(_Mode):
     """Has some weights answer in their own way instead of by a product in floats."""
 
     def __init__(self, answers: Mapping[int, Answer]) -> None:
         super().__init__()
         self.answers = answers
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
         if func in _PRODUCTS:
             weight = _weight(func, args, kwargs)
             if (answer := self.answers.get(weight.data_ptr())) is not None:
@@ -95,23 +103,21 @@ class Answering(nn.Module):
             return self.module(inputs)
 
 
-class Attend(TorchFunctionMode):
+class Attend(_Mode):
     """Shows the attention that each token receives to a collector."""
 
     def __init__(self, collector: AttentionCollector) -> None:
         super().__init__()
         self.collector = collector
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
         if func is nn.functional.scaled_dot_product_attention:
             self.collector.see(_received(*args, **kwargs))
         return func(*args, **kwargs)
 
 
-class RoundedKeys(TorchFunctionMode):
+class RoundedKeys(_Mode):
     """Has attention see keys as a cache of rounded ones keeps them: after rotary embeddings.
 
     Args:
@@ -122,10 +128,8 @@ class RoundedKeys(TorchFunctionMode):
         super().__init__()
         self.activation = activation
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
         if func is nn.functional.scaled_dot_product_attention:
             query, key, *rest = args
             rounded = self.activation.rounded(key.flatten(0, -2)).reshape(key.shape)

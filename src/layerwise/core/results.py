@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -143,6 +143,13 @@ def outlier_room(count: int, fraction: float) -> int:
     return max(1, int(fraction * count)) if fraction > 0 else 0
 
 
+def spread(
+    grids: Shaped[Tensor, "out groups"], group: int, width: int
+) -> Shaped[Tensor, "out width"]:
+    """Of one entry for each group of inputs, one for each input; the last group may be shorter."""
+    return grids.repeat_interleave(group, dim=1)[:, :width]
+
+
 def told_group(told: Mapping[str, Any], width: int) -> int:
     """Inputs that share a grid; an option of 0 is the whole row."""
     return int(told["group"] or width)
@@ -161,9 +168,7 @@ class Quantized(Coded):
         symmetric: Every zero point is the middle code, so none is stored: 2^(bits - 1), or that
             of 0.0 among `points`.
         points: What each code stands for before it is scaled, ascending or not, with 0.0 at
-            `zero`; a row for each book, where there are books; None for evenly spaced points,
-            code - zero.
-        book: Which row of `points` each output takes; None where there is one.
+            `zero`; None for evenly spaced points, code - zero.
         outliers: Entries that are kept beside the codes; the codes there stand for 0.0.
         input_scale: The codes stand for the weight times this, column by column; whatever
             feeds the layer must be divided by it.  None is all ones.
@@ -177,8 +182,7 @@ class Quantized(Coded):
     bits: int
     group: int
     symmetric: bool = False
-    points: Float[Tensor, "*books codes"] | None = None
-    book: Integer[Tensor, " out"] | None = None
+    points: Float[Tensor, " codes"] | None = None
     outliers: Outliers | None = None
     input_scale: Float[Tensor, " in"] | None = None
     activation: Activation | None = None
@@ -199,9 +203,6 @@ class Quantized(Coded):
             made["zero"] = (torch.int32, (rows, words(groups, bits)))
         if kind == "points":
             made["points"] = (torch.float32, (2**bits,))
-        if kind == "books":
-            made["points"] = (torch.float32, (int(told["books"]), 2**bits))
-            made["book"] = (torch.uint8, (rows,))
         if kind == "outliers":
             room = outlier_room(rows * width, told["outliers"])
             made["outlier_counts"] = (torch.int32, (rows,))
@@ -230,8 +231,6 @@ class Quantized(Coded):
             made["zero"] = pack(self.zero, self.bits)
         if self.points is not None and not floats:
             made["points"] = self.points
-        if self.book is not None:
-            made["book"] = self.book.to(torch.uint8)
         if self.outliers is not None:
             rows, width = self.codes.shape
             room = outlier_room(rows * width, told["outliers"])
@@ -272,7 +271,6 @@ class Quantized(Coded):
             told_group(told, width),
             bool(told["symmetric"]),
             points=points,
-            book=parts.get("book"),
             outliers=outliers,
         )
 
@@ -284,27 +282,21 @@ class Quantized(Coded):
     def _on_grid(self) -> Float[Tensor, "out in"]:
         rows, width = self.codes.shape
         if self.points is not None:
-            scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :width]
-            if self.book is None:
-                return self.points[self.codes.long()] * scale
-            return self.points[self.book.long()].gather(1, self.codes.long()) * scale
+            return self.points[self.codes.long()] * spread(self.scale.float(), self.group, width)
         if width % self.group:
-            scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :width]
-            zero = self.zero.repeat_interleave(self.group, dim=1)[:, :width]
-            return (self.codes - zero.float()) * scale
+            zero = spread(self.zero, self.group, width)
+            return (self.codes - zero.float()) * spread(self.scale.float(), self.group, width)
         grouped = self.codes.float().view(rows, -1, self.group)  # (out, groups, group)
         values = grouped.sub_(self.zero[..., None]).mul_(self.scale.float()[..., None])
         return values.view(rows, width)
 
     def bits_per_weight(self) -> float:
-        """Everything stored, per weight: codes, 16-bit scales, zeros, points, books, outliers."""
+        """Everything stored, per weight: codes, 16-bit scales, zeros, points, outliers."""
         grid = SCALE_BITS if self.symmetric else SCALE_BITS + self.bits
         stored = self.codes.numel() * self.bits + self.scale.numel() * grid
         # Those of floats are known without being stored.
         if self.points is not None and not self.points.equal(float8_points()):
             stored += self.points.numel() * 32
-        if self.book is not None:
-            stored += len(self.book) * 8
         if self.outliers is not None:
             each = 8 * _column_dtype(self.codes.shape[1]).itemsize + SCALE_BITS
             stored += len(self.codes) * 32 + len(self.outliers.columns) * each
@@ -328,8 +320,7 @@ class Quantized(Coded):
 
     def masked(self, kept: Bool[Tensor, "out in"]) -> "Quantized":
         """The same grids, with exactly 0.0 wherever `kept` is False."""
-        width = self.codes.shape[1]
-        zero = self.zero.repeat_interleave(self.group, dim=1)[:, :width]
+        zero = spread(self.zero, self.group, self.codes.shape[1])
         return replace(self, codes=self.codes.where(kept, zero.to(self.codes.dtype)))
 
     def split(self, rows: Sequence[int]) -> list["Quantized"]:
@@ -337,21 +328,20 @@ class Quantized(Coded):
         sizes = list(rows)
         cuts = [part.split(sizes) for part in (self.codes, self.scale, self.zero)]
         alone: list[Any] = [None] * len(sizes)
-        books = alone if self.book is None else self.book.split(sizes)
         outliers = alone if self.outliers is None else self.outliers.split(sizes)
         return [
-            replace(self, codes=codes, scale=scale, zero=zero, book=book, outliers=kept)
-            for codes, scale, zero, book, kept in zip(*cuts, books, outliers, strict=True)
+            replace(self, codes=codes, scale=scale, zero=zero, outliers=kept)
+            for codes, scale, zero, kept in zip(*cuts, outliers, strict=True)
         ]
 
 
 def middle(
-    scale: Float[Tensor, "out groups"], bits: int, points: Float[Tensor, "*books codes"] | None
+    scale: Float[Tensor, "out groups"], bits: int, points: Float[Tensor, " codes"] | None = None
 ) -> Integer[Tensor, "out groups"]:
     """The zero points of grids that store none: the code of 0.0."""
     code = 2 ** (bits - 1)
     if points is not None:
-        code = int(points.reshape(-1, points.shape[-1])[0].abs().argmin())
+        code = int(points.abs().argmin())
     return torch.full(scale.shape, code, dtype=torch.int32)
 
 

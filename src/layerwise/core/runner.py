@@ -25,14 +25,11 @@ from layerwise.core.errors import UserError
 from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
 from layerwise.core.extras import need
 from layerwise.core.folding import Rewritten
+from layerwise.core.learning import BlockAnswer
 from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
 from layerwise.core.structure import Structure, block_of, structure
 
 _Collecting = TypeVar("_Collecting", Watcher, GradientCollector)
-
-
-# What a block answers to a batch, with some tensors of the source, by name, for its own.
-BlockAnswer = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class _Stop(Exception):  # noqa: N818

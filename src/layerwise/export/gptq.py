@@ -40,7 +40,7 @@ from layerwise.core.extras import need
 from layerwise.core.format import Format
 from layerwise.core.packing import WORD, pack, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.results import Quantized
+from layerwise.core.results import Quantized, spread
 from layerwise.core.staging import Arrangement
 from layerwise.core.structure import Layer, Structure
 from layerwise.export._adapter import (
@@ -139,9 +139,10 @@ class Gptq(Format):
         """The codes' values on grids of float16 scales, not rounded any further."""
         if (quantized := done.grid) is None:
             return corrected(done, done.stored.to(dtype).float(), dtype)
-        scale = _scales(done.layer, quantized).float().repeat_interleave(quantized.group, dim=1)
         centred = quantized.codes.float() - 2 ** (quantized.bits - 1)
-        return corrected(done, centred * scale[:, : centred.shape[1]], dtype)
+        scale = _scales(done.layer, quantized).float()
+        values = centred * spread(scale, quantized.group, centred.shape[1])
+        return corrected(done, values, dtype)
 
     @classmethod
     def grid(cls, bits: int) -> tuple[int | None, bool | None]:

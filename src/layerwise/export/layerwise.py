@@ -26,7 +26,7 @@ from layerwise.core.format import Format
 from layerwise.core.packing import BYTE, pack, pack_bits, unpack, unpack_bits, words
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
-from layerwise.core.results import Coded, Quantized
+from layerwise.core.results import Coded, Quantized, spread
 from layerwise.core.structure import Layer, Structure
 from layerwise.export._adapter import corrected, factors
 
@@ -237,7 +237,7 @@ class Layerwise(Format):
         dtype, shape = Quantized.layout(rows, width, told)["codes"]
         parts["codes"] = torch.zeros(shape, dtype=dtype)
         grids = Quantized.read(parts, rows, width, told)
-        zeros = grids.zero.repeat_interleave(grids.group, dim=1)[:, :width]
+        zeros = spread(grids.zero, grids.group, width)
         return replace(grids, codes=zeros.masked_scatter(kept, codes[0]))
 
     def _factors(self, name: str, facts: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -50,20 +51,17 @@ def foresight(
         before: The most memory that was held, or foreseen, before the run; None for what was held.
         candidates: What is kept of layers: where all are, no calibration is needed.
     """
-    calibration, heldout = prepared.calibration, prepared.heldout
+    shown = prepared
     if candidates is not None and _kept(prepared, plan, candidates):
-        calibration = None
-    passes = None
-    if prepared.runner is not None and (calibration or heldout):
-        passes = Passes(
-            runner=prepared.runner,
-            calibration=calibration.ids if calibration else None,
-            heldout=heldout.ids if heldout else None,
-            states=_STATES,
-            proof=min(PROOF_WINDOWS, len(heldout.ids)) if heldout else 0,
-            comparing=comparing(prepared.noise_floor) if heldout else 0.0,
+        shown = replace(prepared, calibration=None)
+    passes, heldout = _passes(shown), prepared.heldout
+    if passes is not None and heldout is not None:
+        passes = replace(
+            passes,
+            proof=min(PROOF_WINDOWS, len(heldout.ids)),
+            comparing=comparing(prepared.noise_floor),
             floor=prepared.noise_floor,
-            apart=min(apart, len(heldout.ids)) if heldout else 0,
+            apart=min(apart, len(heldout.ids)),
         )
     return Foresight(
         prepared.source,
@@ -89,18 +87,22 @@ def _kept(prepared: Prepared, plan: Plan, candidates: Candidates) -> bool:
 
 def search_foresight(prepared: Prepared, looking: Looking) -> SearchForesight:
     """Measure what looking for a plan takes."""
+    return SearchForesight(prepared, looking, _passes(prepared))
+
+
+def _passes(prepared: Prepared) -> Passes | None:
+    """The windows that go through a model, none of them for a proof; None if none do."""
     calibration, heldout = prepared.calibration, prepared.heldout
-    passes = None
-    if prepared.runner is not None and (calibration or heldout):
-        passes = Passes(
-            runner=prepared.runner,
-            calibration=calibration.ids if calibration else None,
-            heldout=heldout.ids if heldout else None,
-            states=_STATES,
-            proof=0,
-            comparing=0.0,
-        )
-    return SearchForesight(prepared, looking, passes)
+    if prepared.runner is None or not (calibration or heldout):
+        return None
+    return Passes(
+        runner=prepared.runner,
+        calibration=calibration.ids if calibration else None,
+        heldout=heldout.ids if heldout else None,
+        states=_STATES,
+        proof=0,
+        comparing=0.0,
+    )
 
 
 def comparing(floor: bool) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from layerwise import export
 from layerwise.core import catalogue
-from layerwise.core.activation import Scheme, static
+from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
 from layerwise.core.folding import Rewriting, Rotate
 from layerwise.core.plan import Inputs, LayerPlan
@@ -166,14 +166,14 @@ class Wish:
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return ["one scale for the inputs of all tokens"] if static(self.activation) else []
+        return needing([self.activation])
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
         format = export.kind(self.format)
         group, symmetric = format.grid(bits or 0)
         # Points that lie alike on both sides of 0.0 need no zero points.
-        pointed = self._quantizer.codes in ("float8", "points", "books")
+        pointed = self._quantizer.codes in ("float8", "points")
         alike = bits is not None and (pointed or self._usual("symmetric", False))
         centred = self._rules.symmetric or alike
         return LayerPlan(

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.results import SCALE_DTYPE, Quantized
+from layerwise.core.results import SCALE_DTYPE, Quantized, middle
 from layerwise.quantize._grid import storable
 
 
@@ -58,7 +58,7 @@ def power_pack(
     return Quantized(
         codes[:, :width].to(torch.uint8),
         scale.to(SCALE_DTYPE),
-        torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32),
+        middle(scale, bits),
         bits=bits,
         group=group,
         symmetric=symmetric,

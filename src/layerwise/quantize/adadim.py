@@ -13,7 +13,15 @@ from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.packing import pack, unpack, words
-from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout, told_group
+from layerwise.core.results import (
+    SCALE_BITS,
+    SCALE_DTYPE,
+    Coded,
+    Layout,
+    middle,
+    spread,
+    told_group,
+)
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._feedback import factorize, feed_back, round_evenly
@@ -93,7 +101,7 @@ class Grouped(Coded):
         held = grids[0] * grids[1]
         codes = unpack(parts["codes"][None], bits, rows * width).reshape(shape)
         scale = parts["scale"][:held].reshape(grids)
-        zero = torch.full(grids, 2 ** (bits - 1), dtype=torch.int32)
+        zero = middle(scale, bits)
         if "zero" in parts:
             zero = unpack(parts["zero"][None], bits, held).reshape(grids)
         codes = codes if bits > 8 else codes.to(torch.uint8)
@@ -108,10 +116,7 @@ class Grouped(Coded):
     def grid_values(self) -> Float[Tensor, "out in"]:
         """The stored matrix, float32."""
         width = self.codes.shape[1]
-        scale, zero = (
-            grid.float().repeat_interleave(self.group, dim=1)[:, :width]
-            for grid in (self.scale, self.zero)
-        )
+        scale, zero = (spread(grid.float(), self.group, width) for grid in (self.scale, self.zero))
         values = (self.codes.float() - zero) * scale
         return values.T.contiguous() if self.outputs else values
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.learning import OutputError, learn
+from layerwise.core.learning import OutputError, learned_alone
 from layerwise.core.results import Coded, Quantized
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
@@ -42,9 +42,7 @@ class Auto(Shifted):
     ) -> None:
         self.start, self.note = _best(weight, gram, bits, group, symmetric)
         self.scale, self.zero = self.start.scale.float(), self.start.zero.float()
-        codes = by_group(
-            self.start.codes.float() - _spread(self.zero, group, weight.shape[1]), group
-        )
+        codes = by_group(self.start.codes.float(), group) - self.zero[..., None]
         exact = by_group(weight, group) / self.scale[..., None]
         placed = codes + (exact - codes).clamp(-_INSIDE, _INSIDE)
         super().__init__(
@@ -133,8 +131,7 @@ def auto(
     layer = Auto(
         weight, gram, bits=bits, group=group, symmetric=symmetric, steps=steps, batch=batch
     )
-    learn([layer], OutputError(weight.float(), gram.float()))
-    return layer.coded()
+    return learned_alone(layer, weight, gram)
 
 
 def _best(
@@ -174,8 +171,3 @@ def _short_list(gram: Float[Tensor, "in in"]) -> Iterator[tuple[str, dict[str, A
 
 def _noted(made: Quantized, note: str) -> Quantized:
     return replace(made, notes=(*made.notes, note))
-
-
-def _spread(zero: Float[Tensor, "out groups"], group: int, width: int) -> Float[Tensor, "out in"]:
-    """Zero points of each input's grid."""
-    return zero.repeat_interleave(group, dim=1)[:, :width]

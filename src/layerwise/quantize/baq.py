@@ -14,7 +14,7 @@ from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.packing import WORD, pack, unpack, words
-from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout, told_group
+from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout, spread, told_group
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._feedback import Factored, factorize, feed_back
 from layerwise.quantize._grid import by_group, check_grid, storable
@@ -116,10 +116,7 @@ class Allotted(Coded):
     def grid_values(self) -> Float[Tensor, "out in"]:
         """The stored matrix, float32."""
         width = self.codes.shape[1]
-        low, high = (
-            end.float().repeat_interleave(self.group, dim=1)[:, :width]
-            for end in (self.low, self.high)
-        )
+        low, high = (spread(end.float(), self.group, width) for end in (self.low, self.high))
         step, zero = _steps(low, high, self.levels, self.symmetric)
         return (self.codes - zero) * step
 

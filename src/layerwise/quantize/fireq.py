@@ -9,7 +9,7 @@ from torch import Tensor
 from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
-from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE, Quantized
+from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE, Quantized, middle
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, storable
 
@@ -94,7 +94,7 @@ def fireq(
     return Quantized(
         codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8),
         steps.to(SCALE_DTYPE),
-        torch.full(steps.shape, _ZERO, dtype=torch.int32),
+        middle(steps, bits),
         bits=bits,
         group=group,
         symmetric=symmetric,

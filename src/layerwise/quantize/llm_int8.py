@@ -19,7 +19,9 @@ from layerwise.core.results import (
     Coded,
     Layout,
     integer_product,
+    middle,
     outlier_room,
+    spread,
     told_group,
 )
 from layerwise.core.statistics import check_statistics
@@ -104,8 +106,7 @@ class Decomposed(Coded):
 
     def grid_values(self) -> Float[Tensor, "out in"]:
         """The stored matrix, float32."""
-        width = self.codes.shape[1]
-        scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :width]
+        scale = spread(self.scale.float(), self.group, self.codes.shape[1])
         values = (self.codes.float() - _ZERO) * scale
         if self.kept is not None:
             values[:, self.columns.long()] = self.kept.float()
@@ -128,10 +129,18 @@ class Decomposed(Coded):
         large = inputs[:, columns]  # (tokens, outliers)
         # Those inputs have no part in the scale of a token.
         codes, step = rounding.codes(inputs.index_fill(1, columns, 0.0))
-        zero = torch.full(self.scale.shape, _ZERO, dtype=torch.int32)
+        zero = middle(self.scale, _BITS)
         rounded = step * integer_product(codes, self.codes, zero, self.scale, self.group)
-        weights = self.grid_values()[:, self.columns.long()].to(inputs.device)
-        return rounded + large @ weights.T
+        return rounded + large @ self._weights().to(inputs.device).T
+
+    def _weights(self) -> Float[Tensor, "out outliers"]:
+        """What multiplies the inputs that are not rounded."""
+        if self.kept is not None:
+            return self.kept.float()
+        columns = self.columns.long()
+        return (self.codes[:, columns].float() - _ZERO) * self.scale[
+            :, columns // self.group
+        ].float()
 
 
 @quantizer(

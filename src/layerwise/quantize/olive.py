@@ -14,7 +14,7 @@ from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.packing import pack, unpack, words
-from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout, told_group
+from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout, spread, told_group
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, storable
 
@@ -97,7 +97,7 @@ class Pairs(Coded):
         beside = pairs.flip(2).flatten(1) == _IDENTIFIER
         normal = _signed(_NORMAL["flint" if self.flint else "int"])[codes]
         values = _signed(_OUTLIERS)[codes].where(beside, normal)[:, : self.width]
-        scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, : self.width]
+        scale = spread(self.scale.float(), self.group, self.width)
         return values * scale
 
     def bits_per_weight(self) -> float:
