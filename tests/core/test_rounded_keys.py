@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from layerwise.core.activation import Activation
 from layerwise.core.checkpoint import Source, open_checkpoint
-from layerwise.core.folding import Rewriting, Rewritten, keys_scaled, rewrite, stream_of
 from layerwise.core.products import RoundedKeys
+from layerwise.core.rewriting import Rewriting, Rewritten, keys_scaled, rewrite, stream_of
 from layerwise.core.runner import Runner
 from layerwise.core.structure import structure
 from layerwise.flow.preparing import Texts, rewritten

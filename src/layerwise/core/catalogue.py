@@ -254,6 +254,8 @@ class Verb(Generic[R]):
             raise ContractError(f"{method.id} reads {unknown}; evidence is one of {list(EVIDENCE)}")
         if missing := self.requires - method.options.keys():
             raise ContractError(f"{method.id} must take the options {sorted(missing)}")
+        if method.learns and "steps" not in method.options:
+            raise ContractError(f"{method.id} learns, and must take the option steps")
         if not method.run.__doc__:
             raise ContractError(f"{method.id} has no docstring")
 

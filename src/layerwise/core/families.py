@@ -44,7 +44,7 @@ class Reads:
 class Stream:
     """A residual stream that only linear layers and norms without a mean touch.
 
-    Such a model can be rewritten into another that is the same function: see core/folding.py.
+    Such a model can be rewritten into another that is the same function: see core/rewriting.py.
     Whatever is not named here neither reads the stream nor adds to it.
 
     Attributes:

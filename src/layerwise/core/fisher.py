@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.activations import Shelf
+from layerwise.core.carried import Shelf
 from layerwise.core.evidence import GradientCollector
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner

@@ -16,9 +16,9 @@ from layerwise.core import memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
-from layerwise.core.folding import Rewritten
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan, sampling, words_of
+from layerwise.core.rewriting import Rewritten
 from layerwise.core.runner import Runner
 from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.stream import ROW_STEP, rows_at_once, threads

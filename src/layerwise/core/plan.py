@@ -12,8 +12,8 @@ from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, kind, needing, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
-from layerwise.core.folding import Rewriting, Rotate
 from layerwise.core.results import Layout
+from layerwise.core.rewriting import Rewriting, Rotate
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
 

@@ -18,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layerwise.core.activations import Activations, batches, filled
+from layerwise.core.carried import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
 from layerwise.core.extras import need
-from layerwise.core.folding import Rewritten
 from layerwise.core.learning import BlockAnswer
 from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
+from layerwise.core.rewriting import Rewritten
 from layerwise.core.structure import Structure, block_of, structure
 
 _Collecting = TypeVar("_Collecting", Watcher, GradientCollector)

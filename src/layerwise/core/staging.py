@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerwise.core.activations import Activations, Stored, stored, write_at
+from layerwise.core.carried import Activations, Stored, stored, write_at
 from layerwise.core.checkpoint import DTYPES, INDEX_SUFFIX, STEM, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.packing import raw_bytes

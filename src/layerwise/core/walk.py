@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue, memory
-from layerwise.core.activations import Activations, Stored, filled
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
+from layerwise.core.carried import Activations, Stored, filled
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.evidence import AttentionCollector, Collector, calibrated_words

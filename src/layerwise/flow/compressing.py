@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from layerwise import export
 from layerwise.core import memory
-from layerwise.core.activations import filled, shelf
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
+from layerwise.core.carried import filled, shelf
 from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
 from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
-from layerwise.core.folding import Rewritten, notes_of
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.core.plan import Plan, read_plan, to_yaml
 from layerwise.core.progress import Progress
+from layerwise.core.rewriting import Rewritten, notes_of
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream

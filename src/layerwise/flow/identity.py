@@ -14,9 +14,9 @@ from layerwise import __version__
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Checkpoint, ModuleSource
-from layerwise.core.folding import Rewritten, original
 from layerwise.core.packing import raw_bytes
 from layerwise.core.plan import Plan
+from layerwise.core.rewriting import Rewritten, original
 from layerwise.flow.preparing import Prepared
 
 _CHUNK = 1 << 24

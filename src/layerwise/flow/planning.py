@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.activations import Shelf, shelf
 from layerwise.core.candidates import Candidates
+from layerwise.core.carried import Shelf, shelf
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError

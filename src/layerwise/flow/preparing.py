@@ -15,9 +15,9 @@ from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
-from layerwise.core.folding import Rewriting, pair_peaks, rewrite, stream_of
 from layerwise.core.format import Format
 from layerwise.core.plan import Plan, check_plan
+from layerwise.core.rewriting import Rewriting, pair_peaks, rewrite, stream_of
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure, structure

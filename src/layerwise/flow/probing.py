@@ -9,9 +9,9 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core import catalogue
-from layerwise.core.activations import Activations, Shelf
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Options
+from layerwise.core.carried import Activations, Shelf
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison
 from layerwise.core.plan import LayerPlan

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from scipy import stats
 
-from layerwise.core.activations import Shelf
 from layerwise.core.candidates import Candidates
+from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison, LayerRow, Prediction
 from layerwise.core.progress import Progress

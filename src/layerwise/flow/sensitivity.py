@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from layerwise.core.activations import Shelf
 from layerwise.core.apply import lost_share
 from layerwise.core.candidates import Candidates
+from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
 from layerwise.core.fisher import output_fisher
 from layerwise.core.plan import LayerPlan

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.activations import Activations, shelf
 from layerwise.core.apply import Made, Transformed, check_finite, transform
 from layerwise.core.candidates import Candidates, Losses, Options
+from layerwise.core.carried import Activations, shelf
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError

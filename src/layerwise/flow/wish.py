@@ -11,8 +11,8 @@ from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
-from layerwise.core.folding import Rewriting, Rotate
 from layerwise.core.plan import Inputs, LayerPlan
+from layerwise.core.rewriting import Rewriting, Rotate
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
 from layerwise.export import servers

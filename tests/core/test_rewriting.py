@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.core.checkpoint import Source, module_source, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.folding import (
+from layerwise.core.rewriting import (
     Rewriting,
     Rewritten,
     Scale,

@@ -9,8 +9,8 @@ import yaml
 import layerwise as lw
 from layerwise.core.checkpoint import open_checkpoint, open_source
 from layerwise.core.errors import UserError
-from layerwise.core.folding import Rewriting, rewrite
 from layerwise.core.plan import read_plan
+from layerwise.core.rewriting import Rewriting, rewrite
 from layerwise.core.structure import structure
 from layerwise.testing.outliers import with_outliers
 
