@@ -24,6 +24,7 @@ from layerwise.evaluate.tasks import Tasks
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
+from layerwise.flow.loading import load_into
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
@@ -377,22 +378,31 @@ def sweep(
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    into: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """Load a model into transformers, whatever format layerwise wrote it in.
+    """Load a model into transformers, whatever format layerwise wrote it in, or into a module.
 
     Args:
         model: Path, hub id or `builtin:tiny`.
-        dtype: What it is to compute in.
+        into: A module such as it was made from, where that is no model of transformers: a copy of
+            it is filled, in its own dtype.
+        dtype: What it is to compute in, if transformers loads it.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Returns:
-        A transformers model in evaluation mode, its weights in full.
+        The model in evaluation mode, its weights in full.
 
     Raises:
-        UserError: It is not there, or a package it needs is missing.
+        UserError: It is not there, does not fit, or a package it needs is missing.
     """
-    return load_or_say(open_checkpoint(model), dtype, trust_remote_code)
+    source = open_checkpoint(model)
+    if into is not None:
+        return load_into(source, into)
+    return load_or_say(source, dtype, trust_remote_code)
 
 
 def evaluate(

@@ -40,6 +40,20 @@ def test_convolutions_round_their_inputs_too(tmp_path):
         module, tmp_path / "out", bits=8, group=0, activation="int8", calibration=pictures
     )
     assert report.proof is not None
+    rounded = lw.load(tmp_path / "out", into=module)
+    exact = lw.compress(module, tmp_path / "exact", bits=8, group=0, format="layerwise")
+    assert exact.format == "layerwise"
+    plain = lw.load(tmp_path / "exact", into=module)
+    wanted, lost = module(pictures), (rounded(pictures) - plain(pictures)).abs().max()
+    assert 0 < lost < 0.05 * wanted.abs().max()
+
+
+def test_a_module_that_the_files_do_not_fit_is_refused(tmp_path):
+    lw.compress(nn.Sequential(nn.Linear(8, 4)), tmp_path / "out", bits=8, group=0)
+    with pytest.raises(UserError, match=r"0\.weight of \(4, 9\); .* has \(4, 8\)"):
+        lw.load(tmp_path / "out", into=nn.Sequential(nn.Linear(9, 4)))
+    with pytest.raises(UserError, match=r"1\.weight .* has none"):
+        lw.load(tmp_path / "out", into=nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize("format", ["dense", "gptq", "gguf"])

@@ -23,6 +23,12 @@ def divides_by_the_spread(weight, *, bits):
     return replace(quantized, scale=quantized.scale * spread / spread)
 
 
+def weighs_by_energy(weight, gram, *, bits):
+    energy = gram.diagonal()
+    quantized = rtn(weight, bits=bits)
+    return replace(quantized, scale=quantized.scale * (energy / energy.mean()).mean())
+
+
 def shares_one_grid(weight, *, bits):
     return rtn(weight + weight.abs().amax(), bits=bits)
 
@@ -31,5 +37,6 @@ BROKEN = {
     "leaves_its_inputs_alone": broken("quantize", tidies_in_place),
     "repeats_itself": broken("quantize", rounds_at_random),
     "is_finite": broken("quantize", divides_by_the_spread),
+    "works_without_a_token": broken("quantize", weighs_by_energy),
     "rows_keep_their_word": broken("quantize", shares_one_grid, rows="independent"),
 }

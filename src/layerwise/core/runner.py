@@ -369,17 +369,6 @@ class Runner:
         """Entries of a token's logits; 0 if its configuration does not say."""
         return int(self.source.config.get("vocab_size") or 0)
 
-    def answer(
-        self, tensors: Mapping[str, Tensor], ids: Tensor, answers: Mapping[str, Answer]
-    ) -> Tensor:
-        """What the whole model, with these tensors for its own, answers to some windows.
-
-        `answers` says what layers answer instead of a product with their weight, by name.
-        """
-        given = {name: value.float() for name, value in tensors.items()}
-        with torch.no_grad(), Answered(self._answering(given, "", answers)):
-            return _first(self._call_model(given, ids)).cpu()
-
     def batch(self, windows: Activations) -> int:
         """Windows that are carried at once."""
         return 64 if self.whole else windows_at_once(windows.shape[1], tokens=self.tokens)

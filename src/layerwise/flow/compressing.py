@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, restored_outside, walk
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
-from layerwise.flow.loading import answers, load, loader_of
+from layerwise.flow.loading import answers, load, load_into, loader_of
 from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     PROOF_WINDOWS,
@@ -310,15 +310,12 @@ def _prove(
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
     if isinstance(source, ModuleSource):
-        reading = export.get(plan.format, written)
-        tensors = reading.read() or {name: written.read(name) for name in written.tensors}
-        assert prepared.runner is not None
-        found: Iterable[Tensor] = [prepared.runner.answer(tensors, ids, reading.answers())]
+        model = load_into(written, source.module).float()
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)
-        found = answers(model, ids, economy.tokens)
         loader = loader_of(written, model)
+    found = answers(model, ids, economy.tokens)
     difference, at = 0.0, 0
     for part in found:
         differs = (part.float() - expected[at : at + len(part)]).abs().max()

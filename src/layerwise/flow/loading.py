@@ -1,6 +1,7 @@
 """Models loaded as their users will load them, and what they answer."""
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise import export
 from layerwise.core.checkpoint import Checkpoint
@@ -65,10 +66,7 @@ def load(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    for name, answer in ({} if format is None else format.answers()).items():
-        parent, _, last = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        setattr(holder, last, Answering(getattr(holder, last), answer))
+    _have_answered(model, format)
     if (folder := adapter_of(source)) is not None:
         peft = need("peft", f"the adapter of {source.label}")
         # Compressed layers have no weight, which peft looks for, before they have answered once.
@@ -77,6 +75,41 @@ def load(
         with _without_bars():
             model = peft.PeftModel.from_pretrained(model, str(folder))
     return model.eval()
+
+
+def load_into(source: Checkpoint, module: nn.Module) -> nn.Module:
+    """A copy of a module with the weights that a directory holds, each in the module's dtype.
+
+    Args:
+        source: The directory, opened: safetensors, or what layerwise made of such a module.
+        module: What it was made from, or one with its parameters and buffers.
+
+    Raises:
+        UserError: The directory lacks some of them, or has one of another shape.
+    """
+    format = _format(source)
+    read = None if format is None else format.read()
+    state = read or {name: source.read(name) for name in source.tensors}
+    made = copy.deepcopy(module).eval()
+    for name, wanted in made.state_dict(keep_vars=True).items():
+        if name not in state or state[name].shape != wanted.shape:
+            has = f"has {tuple(state[name].shape)}" if name in state else "has none"
+            raise UserError(
+                f"{type(module).__name__} has a tensor {name} of {tuple(wanted.shape)}; "
+                f"{source.label} {has}.",
+                "Give a module of the class and the sizes that the directory was made from.",
+            )
+    made.load_state_dict(state, strict=False)
+    _have_answered(made, format)
+    return made
+
+
+def _have_answered(model: nn.Module, format: Format | None) -> None:
+    """Have layers answer as their format says, where that is no product with their weight."""
+    for name, answer in ({} if format is None else format.answers()).items():
+        parent, _, last = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, last, Answering(getattr(holder, last), answer))
 
 
 def _by_transformers(
@@ -140,15 +173,15 @@ def need_packages(format: Format, purpose: str) -> None:
 
 def answers(model: Any, ids: Tensor, tokens: int = MICRO_BATCH_TOKENS) -> Iterator[Tensor]:
     """Logits of a loaded model, batch after batch of about so many tokens at most."""
-    vocabulary = int(getattr(model.config, "vocab_size", 0))
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0))
     options = {"use_cache": False} if getattr(model, "can_generate", bool)() else {}
     for part in ids.split(windows_at_once(ids.shape[1], vocabulary, tokens)):
         # What some loaders compile for a few windows takes longer than all of them.
         eagerly = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), _without_bars(), eagerly:
-            found = model(part, **options).logits
+            found = model(part, **options)
         # Yielded outside: a generator left half-way must not hold the caller's grad mode.
-        yield found
+        yield found if isinstance(found, Tensor) else found.logits
 
 
 def _without_bars() -> contextlib.AbstractContextManager[object]:

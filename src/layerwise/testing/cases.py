@@ -30,13 +30,17 @@ def weights() -> dict[str, Float[Tensor, "_ _"]]:
         "ragged width": plain[:, :181],
         "not contiguous": plain.T,
         "bfloat16": plain.bfloat16(),
+        "float16": plain.half(),
+        "one row": plain[:1],
     }
 
 
-def evidence(words: tuple[str, ...], weight: Float[Tensor, "out in"]) -> Mapping[str, Any]:
-    """Everything a method asked for, made to fit one layer."""
+def evidence(
+    words: tuple[str, ...], weight: Float[Tensor, "out in"], *, seen: bool = True
+) -> Mapping[str, Any]:
+    """Everything a method asked for, made to fit one layer; of no token at all unless `seen`."""
     noise = torch.Generator().manual_seed(1)
-    inputs = _inputs(weight.shape[1], noise)
+    inputs = _inputs(weight.shape[1], noise) * seen
     weights = _items(weight)
     costs = _costs(weights)
     models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
@@ -54,7 +58,7 @@ def evidence(words: tuple[str, ...], weight: Float[Tensor, "out in"]) -> Mapping
         "scores": torch.tensor([0.5, 2.0, 0.0, 1.0]),
         "costs": costs,
         "errors": _errors(costs),
-        "grad": _like(weight, noise) / 100,
+        "grad": _like(weight, noise) * seen / 100,
         "base": weight,
         "models": models,
     }
@@ -84,12 +88,13 @@ def width(method: Method, bits: int) -> int:
 
 
 def _inputs(width: int, noise: torch.Generator) -> Float[Tensor, "tokens width"]:
-    """Correlated inputs of unequal size, one far larger than the rest and one that is dead."""
+    """Correlated inputs of unequal size, one far larger than the rest, one constant, one dead."""
     shared = torch.randn(TOKENS, 8, generator=noise) @ torch.randn(8, width, generator=noise)
     inputs = shared / 3 + torch.randn(TOKENS, width, generator=noise)
     inputs *= torch.linspace(0.5, 2.0, width)
     inputs[:, 2:3] *= 30
     inputs[:, 17:18] = 0.0
+    inputs[:, 23:24] = 1.0
     return inputs
 
 
