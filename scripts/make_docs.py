@@ -131,8 +131,9 @@ def _servers() -> str:
         "- peft: `PeftModel.from_pretrained(model, 'OUT/adapter')`, over compressed-tensors with a",
         "  model loaded with `quantization_config=CompressedTensorsConfig(dequantize=True)`.",
         "",
-        "| server | format | bits | groups (0: a row) | zero points | rank up to | one grid in |",
-        "|---|---|---|---|---|---|---|",
+        "| server | format | bits | groups (0: a row) | zero points | rank up to | "
+        "inputs rounded to | one grid in |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     sources: list[str] = []
     for server, formats in SERVERS.items():
@@ -144,6 +145,7 @@ def _servers() -> str:
                 _by_codes(rules.groups),
                 "no" if rules.symmetric else "-",
                 "-" if rules.rank is None else str(rules.rank),
+                "-" if rules.inputs is None else ", ".join(rules.inputs),
                 {"model": "all layers", "experts": "a block's experts", "fused": "-"}[rules.alike],
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -10,11 +10,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors.torch import load_file
 
 import layerwise as lw
+from layerwise.core.activation import SCHEMES
 from layerwise.core.packing import pack, unpack
 from layerwise.core.plan import LayerPlan
 from layerwise.core.structure import structure
 from layerwise.export.compressed_tensors import CompressedTensors
 
+PACKED = "pack-quantized"
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -57,6 +59,24 @@ def test_from_pretrained_answers_as_the_result_in_memory(bits, llama, tmp_path):
     )
     assert report.proof is not None
     assert report.proof.largest_difference <= report.proof.allowed
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("method", "bits", "group"), [("rtn", 8, 0), ("rtn", 4, 16), ("fp8", 8, 0)]
+)
+def test_rounded_inputs_answer_as_in_memory(method, bits, group, scheme, llama, tmp_path):
+    asked = {"method": method, "bits": bits, "group": group, "symmetric": True, "length": 32}
+    asked |= {"text": "builtin", "text_samples": 4, "calibration": "builtin", "samples": 4}
+    asked["format"] = "compressed-tensors"
+    plain = lw.compress(llama, tmp_path / "plain", **asked)
+    report = lw.compress(llama, tmp_path / "out", activation=scheme, **asked)
+    assert report.proof.largest_difference <= report.proof.allowed
+    assert report.comparison.kl != plain.comparison.kl
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (kind,) = {group["format"] for group in written["config_groups"].values()}
+    whole = scheme.startswith("int8") and (bits, group) == (8, 0)
+    assert kind == ("float-quantized" if method == "fp8" else "int-quantized" if whole else PACKED)
 
 
 def test_mixed_widths_and_an_ignored_layer_load(llama, tmp_path):

@@ -54,17 +54,22 @@ class Activation:
         """The codes are whole numbers."""
         return kind(self.scheme) != "fp8"
 
+    @property
+    def reach(self) -> float:
+        """The largest magnitude that a step of 1 stands for."""
+        return _TOP[kind(self.scheme)]
+
     def codes(
         self, inputs: Float[Tensor, "tokens in"]
     ) -> tuple[Float[Tensor, "tokens in"], Float[Tensor, "#tokens 1"]]:
         """What inputs become, float32, and the step that it is in units of.
 
-        With one step a token it is max |x| / top; whole numbers go from -top - 1 to top, and what
+        With one step a token it is max |x| / reach; whole numbers go from -top - 1 to top, and what
         lies beyond a static scale's range becomes its end.
         """
         top = _TOP[kind(self.scheme)]
         if self.scale is None:
-            step = (inputs.abs().amax(dim=-1, keepdim=True) / top).clamp(min=_LEAST)
+            step = (inputs.abs().amax(dim=-1, keepdim=True) / self.reach).clamp(min=_LEAST)
         else:
             step = self.scale.to(inputs.device)[None]
         scaled = inputs / step

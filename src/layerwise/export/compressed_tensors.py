@@ -2,9 +2,14 @@
 
 Integer codes are `pack-quantized`: packed densely, least significant bit first, into int32 words
 along the inputs; zero points along the outputs.  Codes that are 8-bit floats are
-`float-quantized`: a tensor of float8_e4m3fn.  A file with both says `mixed-precision`.  There is
-also `int-quantized`, one int8 per code; vLLM takes it for a layer whose inputs are quantized too
-and refuses it for one whose weights alone are, and it is no smaller than packed codes of 8 bits.
+`float-quantized`: a tensor of float8_e4m3fn.  Layers of 8 bits with one grid a row whose inputs
+are rounded to whole numbers of 8 bits too are `int-quantized`, one int8 per code: what vLLM takes
+for them, and refuses for those whose weights alone are codes.  A file with several of these says
+`mixed-precision`.
+
+Rounded inputs are `input_activations`; one scale for all tokens is stored as `input_scale`.  For a
+scale of each token the package divides the largest magnitude by 127.5 (7.5), so that is what the
+proof and the comparison do; vLLM's kernels divide by 127.
 
 https://github.com/vllm-project/compressed-tensors (0.20) is what the tests read it back with;
 before 0.18 it packed widths that do not divide 32, such as 3, with whole codes to a word, and so
@@ -14,12 +19,13 @@ Low-rank corrections lie beside the files as a PEFT adapter: see `_adapter.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layerwise.core.activation import SCHEMES, Activation, Scheme, kind, static
 from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import Codes
 from layerwise.core.checkpoint import TensorInfo
@@ -27,6 +33,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.packing import pack, words
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.products import Answer
 from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE
 from layerwise.core.staging import Arrangement
 from layerwise.core.structure import Layer, Structure
@@ -41,7 +48,8 @@ from layerwise.export._adapter import (
 
 _WIDEST = 8
 _CODES = frozenset[Codes]({"integer", "float8"})
-_PACKED, _FLOAT, _MIXED = "pack-quantized", "float-quantized", "mixed-precision"
+_PACKED, _FLOAT, _BYTES = "pack-quantized", "float-quantized", "int-quantized"
+_MIXED = "mixed-precision"
 
 
 class _Grid(NamedTuple):
@@ -51,16 +59,35 @@ class _Grid(NamedTuple):
     group: int
     symmetric: bool
     float8: bool
+    rounding: Scheme | Literal[""]
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> "_Grid":
+        assert plan.bits is not None
+        return cls(plan.bits, plan.group, plan.symmetric, plan.codes == "float8", plan.rounding)
 
     @property
     def format(self) -> str:
-        return _FLOAT if self.float8 else _PACKED
+        if self.float8:
+            return _FLOAT
+        whole = self.rounding and kind(self.rounding) == "int8"
+        return _BYTES if whole and self.bits == _WIDEST and not self.group else _PACKED
+
+
+class _AsLoaded(Activation):
+    """Inputs as the package rounds them."""
+
+    @property
+    def reach(self) -> float:
+        """What a step of 1 reaches: half of all there is between the ends of its codes."""
+        return super().reach + 0.5 if self.whole else super().reach
 
 
 class CompressedTensors(Format):
     """Codes with 16-bit scales, mixed per layer; other layers in their own dtype."""
 
     codes = _CODES
+    activations = frozenset(SCHEMES)
     packages = ("compressed_tensors",)
     directory = True
     adapts = True
@@ -83,9 +110,12 @@ class CompressedTensors(Format):
             return [info, *adapter]
         groups = -(-layer.width // (plan.group or layer.width))
         scale = TensorInfo(f"{layer.name}.weight_scale", SCALE_DTYPE, (layer.rows, groups))
-        if plan.codes == "float8":
+        if static(plan.rounding):
+            adapter.insert(0, TensorInfo(f"{layer.name}.input_scale", SCALE_DTYPE, (1,)))
+        if (format := _Grid.of(plan).format) != _PACKED:
+            dtype = FLOAT8_DTYPE if format == _FLOAT else torch.int8
             shape = (layer.rows, layer.width)
-            return [TensorInfo(f"{layer.name}.weight", FLOAT8_DTYPE, shape), scale, *adapter]
+            return [TensorInfo(f"{layer.name}.weight", dtype, shape), scale, *adapter]
         packed = (layer.rows, words(layer.width, plan.bits))
         return [
             TensorInfo(f"{layer.name}.weight_packed", torch.int32, packed),
@@ -102,8 +132,14 @@ class CompressedTensors(Format):
             stored = done.layer.store(done.stored.to(info.dtype), (-1, *info.shape[1:]))
             return {info.name: stored, **made}
         made[f"{name}.weight_scale"] = quantized.scale
-        if quantized.points is not None:
+        if done.activation is not None and done.activation.scale is not None:
+            made[f"{name}.input_scale"] = done.activation.scale.to(SCALE_DTYPE)
+        format = _Grid.of(done.plan).format
+        if format == _FLOAT:
             made[f"{name}.weight"] = quantized.codes.contiguous().view(FLOAT8_DTYPE)
+        elif format == _BYTES:
+            middle = 2 ** (quantized.bits - 1)
+            made[f"{name}.weight"] = (quantized.codes.int() - middle).to(torch.int8)
         else:
             made[f"{name}.weight_packed"] = pack(quantized.codes, quantized.bits)
         return made
@@ -118,7 +154,7 @@ class CompressedTensors(Format):
 
     def constants(self, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
         """The shape, which packed codes no longer tell."""
-        if not plan.coded or plan.codes != "integer":
+        if not plan.coded or plan.bits is None or _Grid.of(plan).format != _PACKED:
             return {}
         return {f"{layer.name}.weight_shape": torch.tensor([layer.rows, layer.width])}
 
@@ -133,6 +169,21 @@ class CompressedTensors(Format):
             return values.to(SCALE_DTYPE).float()
         return corrected(done, values, dtype)
 
+    def answer(self, done: Transformed, dtype: torch.dtype) -> Answer | None:
+        """The product with inputs as the loader rounds them."""
+        if done.activation is None or done.grid is None:
+            return None
+        scale = done.activation.scale
+        stored = None if scale is None else scale.to(SCALE_DTYPE).float()
+        rounding, matrix = _AsLoaded(done.activation.scheme, stored), done.grid.grid_values()
+        correction = self.restored(done, dtype) - matrix if done.plan.rank else None
+
+        def answer(inputs: Tensor) -> Tensor:
+            made = rounding.rounded(inputs) @ matrix.to(inputs.device).T
+            return made if correction is None else made + inputs @ correction.to(inputs.device).T
+
+        return answer
+
     @classmethod
     def grid(cls, bits: int) -> tuple[int | None, bool | None]:
         """Symmetric: see `_problem`."""
@@ -146,9 +197,7 @@ class CompressedTensors(Format):
             if not layer.coded or layer.bits is None:
                 ignored.append(name)
             else:
-                float8 = layer.codes == "float8"
-                grid = _Grid(layer.bits, layer.group, layer.symmetric, float8)
-                grids.setdefault(grid, []).append(name)
+                grids.setdefault(_Grid.of(layer), []).append(name)
         if not grids:
             return {}
         formats = {grid.format for grid in grids}
@@ -178,6 +227,10 @@ def _problem(layer: Layer, plan: LayerPlan) -> str:
     rules = (
         (plan.codes not in _CODES, f"the codes of {plan.method}"),
         (plan.bits > _WIDEST, f"{plan.bits} bits; it goes up to {_WIDEST}"),
+        (
+            bool(plan.rounding) and "experts." in layer.name,
+            "its loader does not round the inputs of experts",
+        ),
         (layer.layout != "linear", f"it is stored as a {layer.layout}, not as a Linear"),
         (layer.expert is not None, "its experts lie in one 3-D tensor"),
         (
@@ -203,9 +256,19 @@ def _scheme(grid: _Grid, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": None,
+        "input_activations": _inputs(grid.rounding) if grid.rounding else None,
         "output_activations": None,
         "format": grid.format,
+    }
+
+
+def _inputs(rounding: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": 4 if kind(rounding) == "int4" else 8,
+        "type": "float" if kind(rounding) == "fp8" else "int",
+        "symmetric": True,
+        "strategy": "tensor" if static(rounding) else "token",
+        "dynamic": not static(rounding),
     }
 
 

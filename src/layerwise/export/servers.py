@@ -14,6 +14,8 @@ from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.structure import Layer, Structure
 
+# Codes, their bits, and the groups they may have.
+Weights = tuple[Codes, int, Sequence[int]]
 # Layers that must have one grid: all of a model, all experts of a block, or none but those that
 # every plan treats alike (q/k/v, gate/up).
 Alike = Literal["model", "experts", "fused"]
@@ -28,6 +30,8 @@ class Rules:
         groups: Inputs that share a scale, by what codes stand for; 0 is the whole row.
         symmetric: Only grids without zero points.
         rank: Most columns of a low-rank correction.
+        inputs: Weights whose inputs may be rounded, by how; inputs rounded otherwise are not
+            loaded.
         alike: Layers that must have one grid.
         sources: Where each rule was found, by the rule's name.
     """
@@ -36,6 +40,7 @@ class Rules:
     groups: Mapping[Codes, Sequence[int]] | None = None
     symmetric: bool = False
     rank: int | None = None
+    inputs: Mapping[str, Sequence[Weights]] | None = None
     alike: Alike = "fused"
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -61,8 +66,17 @@ SERVERS: Mapping[str, Mapping[str, Rules]] = MappingProxyType(
                 groups={"integer": (0, 32, 64, 128), "float8": (0,)},
                 symmetric=True,
                 rank=512,
+                inputs={
+                    "int8": (("integer", 8, (0,)), ("integer", 4, (0, 32, 64, 128))),
+                    "int8-static": (("integer", 8, (0,)),),
+                    "fp8": (("float8", 8, (0,)), ("integer", 4, (128,))),
+                    "fp8-static": (("float8", 8, (0,)),),
+                },
                 alike="experts",
                 sources={
+                    "inputs": f"{_VLLM}/compressed_tensors/compressed_tensors.py, "
+                    "_is_static_tensor_w8a8, _is_dynamic_token_w8a8, _is_dynamic_token_w4a8_int, "
+                    "_is_fp8_w8a8, _is_fp8_w4a8; groups of 128 for the last",
                     "widths": f"{_VLLM}/compressed_tensors/schemes/compressed_tensors_wNa16.py, "
                     "WNA16_SUPPORTED_BITS of the Marlin kernels; compressed_tensors_w8a16_fp8.py",
                     "groups": f"{_VLLM_GROUPS}; compressed_tensors_w8a16_fp8.py, "
@@ -178,6 +192,12 @@ def check_level(server: str, format: str, level: LayerPlan, whose: str = "") -> 
             f"groups of {level.group}" if level.group else "whole rows as groups (0)",
             f"It loads {_listed(groups)}{' (0: a row)' * (0 in groups)}.",
         )
+    able = None if rules.inputs is None else rules.inputs.get(level.rounding, ())
+    if level.rounding and able is not None and not any(_are(level, weights) for weights in able):
+        raise refuse(
+            f"inputs rounded to {level.rounding} beside {_said(level)}",
+            f"Beside them it takes {'; '.join(map(_weights, able)) or 'nothing'}.",
+        )
 
 
 def check_server(plan: Plan, found: Structure) -> None:
@@ -217,6 +237,17 @@ def _said(plan: LayerPlan) -> str:
         return "no codes"
     floats = "floats of " if plan.codes == "float8" else ""
     return f"{floats}{plan.bits} bits in groups of {plan.group or 'a row'}"
+
+
+def _are(level: LayerPlan, weights: Weights) -> bool:
+    codes, bits, groups = weights
+    return (level.codes, level.bits) == (codes, bits) and level.group in groups
+
+
+def _weights(able: Weights) -> str:
+    codes, bits, groups = able
+    kind = "floats" if codes == "float8" else "codes"
+    return f"{kind} of {bits} bits in groups of {_listed(groups)}{' (0: a row)' * (0 in groups)}"
 
 
 def _formats(server: str) -> Mapping[str, Rules]:
