@@ -25,7 +25,7 @@ from layerwise.flow.wish import Wish
         ({"bits": 8, "method": "fp8", "server": "llama.cpp"}, "float8 codes"),
         ({"bits": 8, "group": 32, "activation": "int8"}, "inputs rounded to int8 beside 8 bits"),
         ({"bits": 4, "group": 32, "activation": "fp8"}, "codes of 4 bits in groups of 128"),
-        ({"bits": 4, "activation": "int4"}, "int4 beside .*takes nothing"),
+        ({"bits": 4, "activation": "int4"}, "rounded to int4 beside 4 bits"),
         ({"bits": 4, "server": "triton"}, "unknown server"),
         ({"bits": 4, "server": "transformers", "format": "gptq", "group": 16}, "groups of 16"),
     ],
