@@ -113,8 +113,10 @@ def kronecker(
     rows: Float[Tensor, "rows in"], left: Float[Tensor, "a a"], right: Float[Tensor, "b b"]
 ) -> Float[Tensor, "rows in"]:
     """Row vectors times left ⊗ right, as two small products: left^T X right for each, (a, b)."""
-    squares = rows.unflatten(1, (len(left), len(right)))  # (rows, a, b)
-    return (left.T @ (squares @ right)).flatten(1)
+    first, second = len(left), len(right)
+    once = (rows.reshape(-1, second) @ right).reshape(-1, first, second)
+    twice = once.transpose(1, 2).reshape(-1, first) @ left  # (rows b, a)
+    return twice.reshape(-1, second, first).transpose(1, 2).flatten(1)
 
 
 def _codes(
@@ -264,7 +266,7 @@ class FlatQuant(Learned):
         """What codes stand for before the transform is undone."""
         codes, scale, zero = self._parts()
         values = (codes - zero[..., None]) * scale[..., None]
-        return values.flatten(1)[:, : self.original.shape[1]]
+        return values.flatten(1)[:, : self.original.shape[1]].contiguous()
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of W diag(1/s) P^-T, scales and zero points."""
