@@ -22,7 +22,7 @@ _LOOKS = 8
 # One window in so many is kept apart, to judge what was learned from the others.
 _APART = 8
 # Tokens that a layer alone is shown where it answers in its own way.
-_DRAWN = 256
+_DRAWN = 128
 
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.

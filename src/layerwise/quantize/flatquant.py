@@ -165,8 +165,8 @@ class _Transform:
         """Keep both factors far from singular."""
         with torch.no_grad():
             for factor in (self.left, self.right):
-                first, values, second = torch.linalg.svd(factor)
-                if values[-1] < _LEAST_SINGULAR:
+                if torch.linalg.svdvals(factor)[-1] < _LEAST_SINGULAR:
+                    first, values, second = torch.linalg.svd(factor)
                     factor.copy_((first * values.clamp(min=_LEAST_SINGULAR)) @ second)
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,12 +229,12 @@ class FlatQuant(Learned):
     def weight(self) -> Float[Tensor, "out in"]:
         """What the present codes stand for, in the basis of the layer's own input."""
         left, right, diagonal, _ = self.transform.stored()
-        return kronecker(self._values(), left.T, right.T) * diagonal
+        return kronecker(self._values(left, right, diagonal), left.T, right.T) * diagonal
 
     def answering(self) -> Callable[[Tensor], Tensor]:
         """The product of inputs that are transformed and rounded with what codes stand for."""
         left, right, diagonal, share = self.transform.stored()
-        values = self._values()
+        values = self._values(left, right, diagonal)
 
         def answer(inputs: Tensor) -> Tensor:
             codes, step = _codes(kronecker(inputs * diagonal, left, right), share)
@@ -249,8 +249,8 @@ class FlatQuant(Learned):
     def coded(self) -> FlatQuantized:
         """The present codes, and the transform."""
         with torch.no_grad():
-            codes, scale, zero = self._parts()
-            own = [part.to(SCALE_DTYPE) for part in self.transform.stored()]
+            left, right, diagonal, share = self.transform.stored()
+            codes, scale, zero = self._parts(left, right, diagonal)
         flat = pack(
             codes.flatten(1),
             scale,
@@ -260,17 +260,19 @@ class FlatQuant(Learned):
             group=self.group,
             symmetric=self.symmetric,
         )
+        own = [part.to(SCALE_DTYPE) for part in (left, right, diagonal, share)]
         return FlatQuantized(flat, *own, bits=self.bits, activation=Activation("int4"))
 
-    def _values(self) -> Float[Tensor, "out in"]:
+    def _values(self, left: Tensor, right: Tensor, diagonal: Tensor) -> Float[Tensor, "out in"]:
         """What codes stand for before the transform is undone."""
-        codes, scale, zero = self._parts()
+        codes, scale, zero = self._parts(left, right, diagonal)
         values = (codes - zero[..., None]) * scale[..., None]
         return values.flatten(1)[:, : self.original.shape[1]].contiguous()
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(
+        self, left: Tensor, right: Tensor, diagonal: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of W diag(1/s) P^-T, scales and zero points."""
-        left, right, diagonal, _ = self.transform.stored()
         left, right = (torch.linalg.inv(factor.double()).T.float() for factor in (left, right))
         grouped = by_group(kronecker(self.original / diagonal, left, right), self.group)
         kept = torch.ones(2) if self.bits >= _FINE_BITS else self.clip.sigmoid()
