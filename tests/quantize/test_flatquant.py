@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
+from trained import layers
 
 import layerwise as lw
 from layerwise.core.activation import Activation
 from layerwise.core.errors import UserError
 from layerwise.core.joint import _answered, _share
 from layerwise.core.learning import AnswerError, learn
-from layerwise.core.rotation import closest_pair
+from layerwise.core.rotation import closest_pair, rotation
 from layerwise.core.structure import Layer
 from layerwise.quantize.flatquant import FlatQuant, FlatQuantized, flatquant, kronecker
 from layerwise.quantize.rtn import rtn
@@ -192,8 +193,8 @@ def test_layers_that_read_one_input_learn_one_transform():
     assert len(learned) == len({id(one) for one in learned}) + 4  # the four that they share
 
 
-def learned_parameters(layers):
-    return [t for one in layers for tensors in one.parameters().values() for t in tensors]
+def learned_parameters(learning):
+    return [t for one in learning for tensors in one.parameters().values() for t in tensors]
 
 
 def test_a_factor_that_gets_singular_is_put_right():
@@ -275,23 +276,38 @@ def test_a_block_is_learned_together_and_the_loaded_model_answers_as_in_memory(l
 
 def test_a_learned_block_sees_inputs_that_are_rounded():
     weight, inputs = problem()
-    layers = [Layer(n, n, None, 20, 60, "linear", "", n, "one", "", "") for n in ("up", "gate")]
+    places = [Layer(n, n, None, 20, 60, "linear", "", n, "one", "", "") for n in ("up", "gate")]
     learning = [
         FlatQuant(part, peak=inputs.abs().amax(dim=0), **GRID) for part in (weight, -weight)
     ]
-    _share(layers, learning)
+    _share(places, learning)
     bias = torch.arange(20.0)
 
     def block(hidden, tensors):
         gate = functional.linear(hidden, tensors["gate"])
         return gate + functional.linear(hidden, tensors["up"], bias)
 
-    given = {one.name: own.stand_in() for one, own in zip(layers, learning, strict=True)}
+    given = {one.name: own.stand_in() for one, own in zip(places, learning, strict=True)}
     with torch.enable_grad():
-        made = _answered(block, layers, learning)(inputs.reshape(3, 100, 60), given)
+        made = _answered(block, places, learning)(inputs.reshape(3, 100, 60), given)
         made.square().mean().backward()
     up, gate = (own.coded().answer(inputs) for own in learning)
     expected = (gate + up + bias).reshape(3, 100, 20)
     torch.testing.assert_close(made.detach(), expected, rtol=1e-4, atol=1e-3)
     assert learning[0].transform is learning[1].transform
     assert learning[0].transform.left.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("outliers", "most"), [(1.0, 0.85), (30.0, 0.1)])
+@pytest.mark.parametrize("role", ["q_proj", "gate_proj", "down_proj"])
+def test_a_trained_layer_alone_loses_less_than_behind_a_fixed_hadamard_matrix(outliers, most, role):
+    seen = next(one for one in layers(outliers) if one.layer.name.endswith(role))
+    weight, inputs = seen.weight, seen.inputs
+    width = weight.shape[1]
+    grid = {"bits": 4, "group": width, "symmetric": True}
+    turn = rotation("hadamard", width)
+    turned = rtn(turn.apply(weight), **grid).with_activation(INT4).answer(turn.apply(inputs))
+    learned = flatquant(weight, seen.evidence["gram"], seen.evidence["peak"], **grid)
+    wanted = inputs @ weight.T
+    hadamard, flat = ((made - wanted).norm() ** 2 for made in (turned, learned.answer(inputs)))
+    assert flat < most * hadamard
