@@ -30,6 +30,7 @@ _LEAST_SINGULAR = 0.01
 _TINY = torch.finfo(torch.float32).tiny
 
 _OPTIONS = {"bits": 4, "group": 0, "symmetric": True, "activation": "int4"}
+_TURNED = {**_OPTIONS, "rotate": "hadamard"}
 _SOURCE = "table 1: W4A4 with weights rounded to nearest, LLaMA-2 and LLaMA-3"
 
 
@@ -295,7 +296,8 @@ class FlatQuant(Learned):
     claims=(
         Claim("rtn", "bytes-wikitext/quantize", _OPTIONS, 0.7, _SOURCE),
         Claim("rtn", "bytes-wikitext-outliers/quantize", _OPTIONS, 0.9, _SOURCE),
-        Claim("rtn", "bytes-wikitext/quantize", {**_OPTIONS, "rotate": "hadamard"}, 0.3, _SOURCE),
+        Claim("rtn", "bytes-wikitext/quantize", _TURNED, 0.3, _SOURCE),
+        Claim("rtn", "bytes-wikitext-outliers/quantize", _TURNED, 0.9, _SOURCE),
     ),
     exempt={"pruned_weights_stay_zero": "weights are rounded in another basis"},
     codes="own",
