@@ -16,7 +16,7 @@ from layerwise.core.joint import _answered, _share
 from layerwise.core.learning import AnswerError, learn
 from layerwise.core.rotation import closest_pair, rotation
 from layerwise.core.structure import Layer
-from layerwise.quantize.flatquant import FlatQuant, FlatQuantized, flatquant, kronecker
+from layerwise.quantize.flatquant import FlatQuant, FlatQuantized, _kronecker, flatquant
 from layerwise.quantize.rtn import rtn
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
@@ -53,7 +53,7 @@ def test_two_small_products_are_one_with_the_kronecker_product(width):
     noise = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=noise) for size in closest_pair(width))
     rows = torch.randn(9, width, generator=noise)
-    torch.testing.assert_close(kronecker(rows, left, right), rows @ torch.kron(left, right))
+    torch.testing.assert_close(_kronecker(rows, left, right), rows @ torch.kron(left, right))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

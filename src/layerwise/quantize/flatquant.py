@@ -89,7 +89,7 @@ class FlatQuantized(Coded):
     def grid_values(self) -> Float[Tensor, "out in"]:
         """The weight in the basis of the layer's own input: W' P^T diag(s)."""
         left, right = self.left.float(), self.right.float()
-        return kronecker(self.flat.grid_values(), left.T, right.T) * self.diagonal.float()
+        return _kronecker(self.flat.grid_values(), left.T, right.T) * self.diagonal.float()
 
     def bits_per_weight(self) -> float:
         """Everything stored, per weight; layers that read one input have a transform each."""
@@ -101,7 +101,7 @@ class FlatQuantized(Coded):
         """The input is transformed, rounded, and multiplied by the codes, as whole numbers."""
         device, flat = inputs.device, self.flat
         left, right = self.left.float().to(device), self.right.float().to(device)
-        flattened = kronecker(inputs * self.diagonal.float().to(device), left, right)
+        flattened = _kronecker(inputs * self.diagonal.float().to(device), left, right)
         if self.activation is None:
             return flattened @ flat.grid_values().to(device).T
         codes, step = _codes(flattened, self.share.float().to(device))
@@ -110,7 +110,7 @@ class FlatQuantized(Coded):
         return step * integer_product(codes, flat.codes, flat.zero, flat.scale, flat.group)
 
 
-def kronecker(
+def _kronecker(
     rows: Float[Tensor, "rows in"], left: Float[Tensor, "a a"], right: Float[Tensor, "b b"]
 ) -> Float[Tensor, "rows in"]:
     """Row vectors times left ⊗ right, as two small products: left^T X right for each, (a, b)."""
@@ -230,7 +230,7 @@ class FlatQuant(Learned):
     def weight(self) -> Float[Tensor, "out in"]:
         """What the present codes stand for, in the basis of the layer's own input."""
         left, right, diagonal, _ = self.transform.stored()
-        return kronecker(self._values(left, right, diagonal), left.T, right.T) * diagonal
+        return _kronecker(self._values(left, right, diagonal), left.T, right.T) * diagonal
 
     def answering(self) -> Callable[[Tensor], Tensor]:
         """The product of inputs that are transformed and rounded with what codes stand for."""
@@ -238,7 +238,7 @@ class FlatQuant(Learned):
         values = self._values(left, right, diagonal)
 
         def answer(inputs: Tensor) -> Tensor:
-            codes, step = _codes(kronecker(inputs * diagonal, left, right), share)
+            codes, step = _codes(_kronecker(inputs * diagonal, left, right), share)
             return step * (codes @ values.T)
 
         return answer
@@ -275,7 +275,7 @@ class FlatQuant(Learned):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of W diag(1/s) P^-T, scales and zero points."""
         left, right = (torch.linalg.inv(factor.double()).T.float() for factor in (left, right))
-        grouped = by_group(kronecker(self.original / diagonal, left, right), self.group)
+        grouped = by_group(_kronecker(self.original / diagonal, left, right), self.group)
         kept = torch.ones(2) if self.bits >= _FINE_BITS else self.clip.sigmoid()
         low = grouped.amin(dim=-1).clamp(max=0) * kept[0]
         high = grouped.amax(dim=-1).clamp(min=0) * kept[1]
