@@ -299,7 +299,11 @@ class FlatQuant(Learned):
         Claim("rtn", "bytes-wikitext/quantize", _TURNED, 0.3, _SOURCE),
         Claim("rtn", "bytes-wikitext-outliers/quantize", _TURNED, 0.9, _SOURCE),
     ),
-    exempt={"pruned_weights_stay_zero": "weights are rounded in another basis"},
+    exempt={
+        "pruned_weights_stay_zero": "weights are rounded in another basis",
+        "smaller_groups_help": "with each size of a group another basis is learned, in which the "
+        "outlier lies in all of them",
+    },
     codes="own",
     stores=FlatQuantized,
     activates="int4",
