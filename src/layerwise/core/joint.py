@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.candidates import Options
-from layerwise.core.learning import BlockError, Learned, learn
+from layerwise.core.learning import BlockAnswer, BlockError, Learned, learn
 from layerwise.core.plan import LayerPlan
+from layerwise.core.products import Answered
 from layerwise.core.results import Coded
 from layerwise.core.runner import Runner
 from layerwise.core.structure import Layer
@@ -55,9 +56,10 @@ def learned_together(
         learning = [
             _learning(layers[n], weights[n], evidence[n], plans[n], options) for n in numbers
         ]
+        _share(chosen, learning)
         shapes = [runner.source.tensors[layer.tensor].shape for layer in chosen]
         problem = BlockError(
-            runner.block_answer(block, changed),
+            _answered(runner.block_answer(block, changed), chosen, learning),
             chosen,
             shapes,
             inputs,
@@ -70,6 +72,32 @@ def learned_together(
             with torch.no_grad():
                 changed[layer.tensor] = layer.store(learned.weight(), shape)
     return coded
+
+
+def _share(layers: Sequence[Layer], learning: Sequence[Learned]) -> None:
+    """Let those that read one input know of each other."""
+    together: dict[str, list[Learned]] = {}
+    for layer, learned in zip(layers, learning, strict=True):
+        together.setdefault(layer.reads, []).append(learned)
+    for first, *others in together.values():
+        first.share(others)
+
+
+def _answered(
+    answer: BlockAnswer, layers: Sequence[Layer], learning: Sequence[Learned]
+) -> BlockAnswer:
+    """A block's answer where layers that are learned answer in their own way."""
+
+    def made(hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        answers = {
+            tensors[layer.tensor].data_ptr(): own
+            for layer, learned in zip(layers, learning, strict=True)
+            if (own := learned.answering()) is not None
+        }
+        with Answered(answers):
+            return answer(hidden, tensors)
+
+    return made
 
 
 def _learning(

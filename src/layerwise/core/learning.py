@@ -21,8 +21,12 @@ from layerwise.core.structure import Layer
 _LOOKS = 8
 # One window in so many is kept apart, to judge what was learned from the others.
 _APART = 8
+# Tokens that a layer alone is shown where it answers in its own way.
+_DRAWN = 128
 
 
+# What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
+LayerAnswer = Callable[[Tensor], Tensor]
 # What a block answers to a batch, with some tensors of the source, by name, for its own.
 BlockAnswer = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
@@ -61,6 +65,20 @@ class Learned(ABC):
     def coded(self) -> Coded:
         """The codes at the present parameters: they stand for `weight()`, to the bit."""
 
+    def answering(self) -> LayerAnswer | None:
+        """What the layer answers at the present parameters, differentiable.
+
+        None is the product with `weight()`; a layer that rounds its inputs answers in its own way.
+        """
+        return None
+
+    def stand_in(self) -> Float[Tensor, "out in"]:
+        """What a problem is given for the weight; never multiplied if the layer answers itself."""
+        return self.weight()
+
+    def share(self, others: "Sequence[Learned]") -> None:  # noqa: B027
+        """Have others of the same class, which read the same input, learn one thing with this."""
+
     def settle(self) -> None:  # noqa: B027
         """Bring parameters back into their range after an update."""
 
@@ -88,23 +106,24 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
     schedule = layers[0].schedule
     if not schedule.steps:
         return
-    rated: dict[float, list[Tensor]] = {}
+    # Each once: what layers share is among the parameters of all of them.
+    rated: dict[float, dict[int, Tensor]] = {}
     for layer in layers:
         for rate, tensors in layer.parameters().items():
-            rated.setdefault(rate, []).extend(tensors)
+            rated.setdefault(rate, {}).update((id(tensor), tensor) for tensor in tensors)
     groups: list[dict[str, Any]] = [
-        {"params": tensors, "lr": rate} for rate, tensors in rated.items()
+        {"params": list(tensors.values()), "lr": rate} for rate, tensors in rated.items()
     ]
     optimizer = torch.optim.Adam(groups) if schedule.optimizer == "adam" else _Sign(groups)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, _falling(schedule))
-    learned = [tensor for tensors in rated.values() for tensor in tensors]
+    learned = [tensor for tensors in rated.values() for tensor in tensors.values()]
     best = _judged(layers, problem)
     kept = [tensor.detach().clone() for tensor in learned]
     every = max(1, schedule.steps // _LOOKS)
     for step in range(schedule.steps):
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss = problem.loss([layer.weight() for layer in layers], step)
+            loss = problem.loss([layer.stand_in() for layer in layers], step)
             # Of no size: what it is learned from has the size of whatever the layer answers.
             (loss / loss.detach().clamp(min=torch.finfo(loss.dtype).tiny)).backward()
         optimizer.step()
@@ -122,7 +141,7 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
 
 def _judged(layers: Sequence[Learned], problem: Problem) -> float:
     with torch.no_grad():
-        return problem.judged([layer.weight() for layer in layers])
+        return problem.judged([layer.stand_in() for layer in layers])
 
 
 def _falling(schedule: Schedule) -> Callable[[int], float]:
@@ -171,6 +190,45 @@ class OutputError:
     def judged(self, weights: Sequence[Tensor]) -> float:
         """The same again."""
         return float(self.loss(weights, 0))
+
+
+class AnswerError:
+    """The error of what one layer answers in its own way, of inputs drawn from their gram matrix.
+
+    An answer that rounds its inputs depends on more than their second moments; those of tokens
+    drawn anew for each step from a Gaussian that has them stand in for it.  It is a share of the
+    energy of the layer's output.
+
+    Args:
+        layer: The layer, which is asked for its answer.
+        target: Its weight as it was.
+        gram: Mean of x x^T over calibration tokens.
+    """
+
+    def __init__(
+        self, layer: Learned, target: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+    ) -> None:
+        self.layer, self.target = layer, target
+        energies, axes = torch.linalg.eigh(gram.double())
+        self.root = (energies.clamp(min=0).sqrt() * axes).T.float()  # (in, in)
+        energy = (target @ gram * target).sum()
+        self.energy = energy.where(energy > 0, 1.0)
+
+    def loss(self, weights: Sequence[Tensor], step: int) -> Tensor:
+        """The error over tokens of this step."""
+        return self._error(step + 1)
+
+    def judged(self, weights: Sequence[Tensor]) -> float:
+        """The same over tokens that no step sees."""
+        return float(self._error(0))
+
+    def _error(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(_DRAWN, len(self.root), generator=generator) @ self.root
+        answer = self.layer.answering()
+        assert answer is not None
+        error = answer(inputs) - inputs @ self.target.T
+        return error.square().sum() / len(inputs) / self.energy
 
 
 class BlockError:
@@ -228,7 +286,9 @@ class BlockError:
 
 def learned_alone(layer: Learned, weight: Tensor, gram: Tensor) -> Coded:
     """The codes of one layer, learned from the error of its own output."""
-    learn([layer], OutputError(weight.float(), gram.float()))
+    target, gram = weight.float(), gram.float()
+    own = layer.answering() is not None
+    learn([layer], AnswerError(layer, target, gram) if own else OutputError(target, gram))
     return layer.coded()
 
 
