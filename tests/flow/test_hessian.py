@@ -1,7 +1,10 @@
 """Layers weighed by what all bring together, and lowered by halving their order."""
 
+import functools
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,20 @@ from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.economy import Economy
 from layerwise.core.errors import UserError
+from layerwise.core.hessian import divergence_shares
+from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Silent
+from layerwise.core.sample import sampled
 from layerwise.flow import planning
+from layerwise.flow.foreseeing import _Running
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Texts, prepare
 from layerwise.flow.probing import Probe
+from layerwise.flow.promising import search_foresight
+from layerwise.flow.sensitivity import _change
 from layerwise.flow.wish import Wish
 
+ASSETS = "LAYERWISE_ASSETS"
 TEXT = torch.arange(12 * 32).remainder(251).reshape(12, 32)
 TEXTS = {"calibration": TEXT[:8], "samples": 8, "length": 32, "text": TEXT[8:], "text_samples": 4}
 LOWERED = {"allow": {"bits": [2, None]}, "group": 16, "format": "layerwise"}
@@ -163,12 +173,6 @@ def test_a_model_that_memory_does_not_hold_is_refused_before_work(llama, monkeyp
 
 def test_the_graph_is_foreseen(llama):
     """Against what the profiler counts, less what was there before."""
-    from layerwise.core.hessian import divergence_shares
-    from layerwise.core.sample import sampled
-    from layerwise.flow.foreseeing import _Running
-    from layerwise.flow.promising import search_foresight
-    from layerwise.flow.sensitivity import _change
-
     prepared, made = costs(llama, budget="5bits", **HALVED)
     assert prepared.runner is not None
     assert prepared.calibration is not None
@@ -185,3 +189,81 @@ def test_the_graph_is_foreseen(llama):
     seen = search_foresight(prepared, replace(looking, graphs=16))
     foreseen = _Running(seen, seen.passes, Economy())._graph()
     assert foreseen == pytest.approx(sampled(work).bytes, rel=0.3)
+
+
+def loss_change(probe, windows, names):
+    """Excess cross-entropy, nats per byte, with the layers of these names in 2 bits."""
+    low, kept = LayerPlan(bits=2, group=64), LayerPlan()
+    plans = {name: low if name in names else kept for name in probe.found.layers}
+    seen = probe.compared(plans, windows)
+    assert seen.perplexity_before is not None
+    return math.log(seen.perplexity) - math.log(seen.perplexity_before)
+
+
+def lowered_share(order, counts, keeps):
+    """Share of all weights in the longest start of an order that keeps a target, by halving."""
+    low, high, trials = 0, len(order), 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        trials += 1
+        low, high = (middle, high) if keeps(order[:middle]) else (low, middle - 1)
+    assert trials <= math.ceil(math.log2(len(order) + 1))
+    return sum(counts[name] for name in order[:low]) / sum(counts.values())
+
+
+@functools.cache
+def lowered_shares():
+    """What orders lower of 21 linears in 2 bits, the loss on other text up by 0.05 nats at most."""
+    if not os.environ.get(ASSETS):
+        pytest.skip(f"{ASSETS} is not set")
+    assets = Path(os.environ[ASSETS])
+    opened = lw.open(assets / "models/bytes-wikitext")
+    text = "text/wikitext2"
+    texts = Texts(str(assets / text / "valid.txt"), 24, 64, str(assets / text / "test.txt"), 128)
+    prepared = prepare(opened.source, opened.structure, [], texts, needing=["a test"])
+    runner, calibration, heldout = prepared.runner, prepared.calibration, prepared.heldout
+    assert runner is not None
+    assert calibration is not None
+    assert heldout is not None
+    probe = Probe(prepared, "layerwise", {}, Candidates(Cache(None), ""), heldout.ids)
+    names = list(opened.structure.layers)
+    assert len(names) == 21
+    counts = {name: opened.structure.layers[name].count for name in names}
+    low = LayerPlan(bits=2, group=64)
+    changes = [_change(prepared, probe, name, low) for name in names]
+    found = divergence_shares(runner, changes, calibration.ids, Silent())
+    alone = torch.cat(
+        [divergence_shares(runner, [change], calibration.ids, Silent()) for change in changes]
+    )
+    distances = torch.tensor([float(change.delta.square().sum()) for change in changes])
+    noise = torch.Generator().manual_seed(0)
+    chances = [torch.rand(len(names), generator=noise) for _ in range(5)]
+
+    def share(scores):
+        order = [names[n] for n in scores.argsort().tolist()]
+        return lowered_share(
+            order, counts, lambda start: loss_change(probe, heldout, set(start)) <= 0.05
+        )
+
+    sizes = torch.tensor([counts[name] for name in names])
+    return {
+        "shares": share(found),
+        "shares for each weight": share(found / sizes),
+        "diagonal": share(alone),
+        "diagonal for each weight": share(alone / sizes),
+        "weights' errors": share(distances),
+        "chance": sum(map(share, chances)) / len(chances),
+    }
+
+
+def test_the_order_of_what_a_weight_loses_beats_weights_errors_and_chance():
+    figures = lowered_shares()
+    assert figures["shares for each weight"] >= figures["weights' errors"] + 0.1
+    assert figures["shares for each weight"] >= figures["chance"] + 0.1
+    assert figures["shares for each weight"] >= figures["diagonal for each weight"] - 0.05
+
+
+@pytest.mark.xfail(reason="does not hold: 0.39 of the weights, and 0.46 by the diagonal alone")
+def test_the_order_of_shares_alone_lowers_no_less_than_the_diagonal():
+    figures = lowered_shares()
+    assert figures["shares"] >= figures["diagonal"] - 0.05
