@@ -41,6 +41,12 @@ def does_what_it_can(costs, *, budget):
     return uniform(costs, budget=max(budget, sum(int(cost[0]) for cost in costs)))
 
 
+def wastes_what_is_too_much(costs, *, budget):
+    levels = uniform(costs, budget=budget)
+    levels[0] -= int(budget > sum(int(cost[-1]) for cost in costs))
+    return levels
+
+
 BROKEN = {
     "chooses_levels_that_exist": broken("allocate", counts_levels_from_one),
     "never_over_budget": broken("allocate", rounds_the_budget_up),
@@ -49,5 +55,6 @@ BROKEN = {
     "ignores_the_unit_of_its_evidence": broken("allocate", ignores_small_errors),
     "a_higher_score_never_gets_less": broken("allocate", least_important_first),
     "errs_no_more_than_one_level_for_all": broken("allocate", never_reads_the_errors),
+    "lowers_none_for_more": broken("allocate", wastes_what_is_too_much, nested=True),
     "refuses_the_impossible": broken("allocate", does_what_it_can),
 }

@@ -20,6 +20,7 @@ from layerwise.core.verbs import allocator
         2024,
         "2406.17415",
     ),
+    nested=True,
 )
 def threshold(
     scores: Float[Tensor, " items"], costs: Sequence[Int[Tensor, " _"]], *, budget: int

@@ -11,7 +11,7 @@ from layerwise.core.catalogue import Paper
 from layerwise.core.verbs import allocator
 
 
-@allocator(Paper("To prune, or not to prune", 2017, "1710.01878"))
+@allocator(Paper("To prune, or not to prune", 2017, "1710.01878"), nested=True)
 def uniform(costs: Sequence[Int[Tensor, " _"]], *, budget: int) -> Int[Tensor, " items"]:
     """Give every item the highest level that all of them can have.
 

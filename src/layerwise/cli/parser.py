@@ -329,11 +329,11 @@ def _levels(how: Any) -> None:
     )
     how.add_argument(
         "--sensitivity",
-        choices=("error", "energy", "fisher", "kl"),
+        choices=("error", "energy", "fisher", "kl", "hessian"),
         default="",
         help="how a budget weighs layers: by the share of each output that is lost, by how much "
-        "of it, by gradients of the answer, or by the KL each brings (fisher, or error where the "
-        "model does not run)",
+        "of it, by gradients of the answer, by the KL each brings, or by what all bring together "
+        "to second order (fisher, or error where the model does not run)",
     )
     how.add_argument(
         "--inputs",

@@ -205,7 +205,8 @@ class Verb(Generic[R]):
                 its layers.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
-            nested: The correction of a lower rank is the first part of one of a higher rank.
+            nested: The correction of a lower rank is the first part of one of a higher rank; an
+                allocator's levels for less are for no item higher than those for more.
             stores: What a quantizer returns, which says how its codes are stored.
             activates: How a quantizer rounds the inputs of its layers where the plan does not
                 say; some of them may have a scale for each token where others have one for all.

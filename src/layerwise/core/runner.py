@@ -369,6 +369,28 @@ class Runner:
         """Entries of a token's logits; 0 if its configuration does not say."""
         return int(self.source.config.get("vocab_size") or 0)
 
+    def differentiable(self, block: str) -> Callable[[Tensor, Mapping[str, Answer]], Tensor]:
+        """What a block answers to a batch of what it sees, as its layers answer in other ways.
+
+        Args:
+            block: One of `blocks`, or "" for the whole model, which is then in memory at once.
+
+        Returns:
+            A function of the batch, and of what layers answer instead of a product with their
+            weight, by name.  It passes gradients on.
+        """
+        parameters = self._parameters(block)
+        module, args, kwargs = self._called(block)
+
+        def answer(hidden: Tensor, answers: Mapping[str, Answer]) -> Tensor:
+            with Answered(self._answering(parameters, block, answers)):
+                if not block:
+                    return _first(self._call_model(parameters, hidden))
+                given = (hidden.to(self.device), *args)
+                return _first(functional_call(module, parameters, given, kwargs))
+
+        return answer
+
     def batch(self, windows: Activations) -> int:
         """Windows that are carried at once."""
         return 64 if self.whole else windows_at_once(windows.shape[1], tokens=self.tokens)

@@ -24,6 +24,7 @@ from layerwise.core.forecast import (
     sides_of,
     smaller,
 )
+from layerwise.core.hessian import Change, divergence, shares
 from layerwise.core.plan import LayerPlan, sampling, words_of
 from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.structure import Layer, by_input
@@ -42,6 +43,7 @@ class Looking:
         options: Options of methods, by id.
         measures: Measures of layers or blocks.
         gradients: Windows whose gradients go back through the model.
+        graphs: Times that the whole model is derived twice for a window.
         apart: Windows with which layers are looked at alone.
         layers: How many of them.
         together: Windows with which whole plans are tried.
@@ -52,6 +54,7 @@ class Looking:
     options: Options
     measures: Sequence[catalogue.Method] = ()
     gradients: int = 0
+    graphs: int = 0
     apart: int = 0
     layers: int = 0
     together: int = 0
@@ -60,7 +63,8 @@ class Looking:
     @property
     def nothing(self) -> bool:
         """Everything is known."""
-        return not (self.levels or self.measures or self.gradients or self.apart or self.together)
+        runs = (self.gradients, self.graphs, self.apart, self.together)
+        return not (self.levels or self.measures or any(runs))
 
 
 class SearchForesight:
@@ -76,6 +80,8 @@ class SearchForesight:
         passing: One window on its way through the model; not there without `passes`.
         ending: The gradient of one window's answer.
         back: Its way back through the largest block.
+        graph: Second derivatives of the largest block by changes of its layers, for one window.
+        answering: Those of its answer.
         recalled: Taking the largest layer out of the cache.
     """
 
@@ -89,13 +95,18 @@ class SearchForesight:
         self.groups = [(group, self._trial(group)) for group in by_input(layers).values()]
         nothing = Sample(0, 0.0, 0)
         self.ending = self.back = self.recalled = nothing
+        self.graph = self.answering = nothing
         if passes is not None:
             self.passing = Passing(passes)
             if looking.gradients:
                 self.ending, self.back = self._gradients(passes)
+            if looking.graphs:
+                self.graph, self.answering = self._graph(passes)
             if looking.apart or looking.together:
                 self.recalled = self._recall()
-        self._base, self._sampled = ground([*self._trials.values(), self.ending, self.back])
+        self._base, self._sampled = ground(
+            [*self._trials.values(), self.ending, self.back, self.graph, self.answering]
+        )
 
     def forecast(self, economy: Economy = LAVISH) -> Outlook:
         """Foresee the search."""
@@ -153,6 +164,30 @@ class SearchForesight:
             lambda: runner.gradient(after, first, lambda logits: drawn(logits, generator).sum())
         )
         return ending, sampled(back)
+
+    def _graph(self, passes: Passes) -> tuple[Sample, Sample]:
+        """Second derivatives of one window: through the largest block, and of its answer."""
+        assert passes.calibration is not None
+        runner, block = passes.runner.blank(), self.passing.block
+        first = passes.calibration[:1]
+        hidden, answer = runner.start(first), runner.differentiable(block)
+        changes = [
+            Change(layer, *torch.zeros(2, layer.rows, layer.width))
+            for layer in self.prepared.found.layers.values()
+            if runner.whole or layer.block == block
+        ]
+
+        def through(made: torch.Tensor) -> torch.Tensor:
+            parts = zip(changes, made, strict=True)
+            answers = {change.layer.name: change.partly(part) for change, part in parts}
+            return answer(hidden, answers).square().sum()
+
+        logits = torch.zeros(first.shape[1] if first.dim() > 1 else 1, runner.vocabulary)
+
+        def ending(made: torch.Tensor) -> torch.Tensor:
+            return divergence(logits, logits + made)
+
+        return sampled(lambda: shares(through, len(changes))), sampled(lambda: shares(ending, 1))
 
     def _recall(self) -> Sample:
         """Taking the largest layer out of the cache."""
@@ -254,6 +289,8 @@ class _Running:
             made |= self._survey(self.passes.calibration)
         if self.passes.calibration is not None and looking.gradients:
             made |= self._gradients(self.passes.calibration[: looking.gradients])
+        if looking.graphs:
+            made["deriving the whole model twice"] = self._graph()
         if self.passes.calibration is not None and looking.apart:
             ids = self.passes.calibration[: looking.apart]
             carried = self._carried((1 + looking.layers) * len(ids))
@@ -306,6 +343,22 @@ class _Running:
             "carrying gradients back": seen + self._block + 2 * gradient + back,
         }
 
+    @property
+    def _share(self) -> float:
+        """All blocks, as multiples of the largest one."""
+        runner = self.passes.runner
+        blocks = sum(runner.block_bytes(block) for block in runner.blocks)
+        return blocks / max(1, runner.block_bytes(self.seen.passing.block))
+
+    def _graph(self) -> int:
+        """The whole model, what is added to its layers, and the graph of one window."""
+        runner = self.passes.runner
+        outer = 0 if runner.whole else runner.outer_bytes()
+        weights = sum(runner.block_bytes(block) for block in runner.blocks)
+        layers = sum(one.count for one in self.seen.prepared.found.layers.values())
+        graph = int(self._share * self.seen.graph.bytes) + self.seen.answering.bytes
+        return outer + weights + 2 * _FLOAT * layers + graph
+
     def _probing(self, ids: torch.Tensor, carried: int, left: int) -> int:
         """Plans through the model: while they are carried, and what is left when they answer."""
         runner, at_once = self.passes.runner, self._answered(ids)
@@ -320,8 +373,7 @@ class _Running:
         """Wall time of what runs the model."""
         looking, passing = self.seen.looking, self.seen.passing
         runner = self.passes.runner
-        blocks = sum(runner.block_bytes(block) for block in runner.blocks)
-        share = blocks / max(1, runner.block_bytes(passing.block))
+        share = self._share
         through = passing.through.seconds * share
         calibration = 0 if self.passes.calibration is None else len(self.passes.calibration)
         passes = 2 * calibration if looking.levels else 0
@@ -332,5 +384,7 @@ class _Running:
         seconds = passes * through + looking.gradients * (
             self.seen.ending.seconds + self.seen.back.seconds * share
         )
+        twice = self.seen.graph.seconds * share + self.seen.answering.seconds
+        seconds += looking.graphs * twice
         alone = looking.apart * looking.layers
         return seconds + alone * (through / 2 + 2 * passing.ending.seconds)

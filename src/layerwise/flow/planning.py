@@ -190,11 +190,17 @@ def looking_for(
     """What there is to look at: what is known by now is not."""
     known = known_losses(prepared.found, levels, wish.options, candidates)
     calibration = 0 if prepared.calibration is None else len(prepared.calibration.ids)
-    gradients = apart = layers = together = 0
+    gradients = apart = layers = together = graphs = 0
     if weights == "fisher" and not candidates.cache.has(sensitivity.fisher_key(candidates)):
         gradients = min(sensitivity.FISHER_WINDOWS, calibration)
     middle = sensitivity.middle_of(levels) if weights == "kl" else {}
-    if weights == "kl" and not candidates.cache.has(sensitivity.kl_key(candidates, middle)):
+    shared = sensitivity.hessian_key(candidates, levels, wish.options)
+    if weights == "hessian" and not candidates.cache.has(shared):
+        places = max(map(len, levels.values()), default=0)
+        graphs = places * min(sensitivity.HESSIAN_WINDOWS, calibration)
+    if weights == "kl" and not candidates.cache.has(
+        sensitivity.kl_key(candidates, middle, wish.options)
+    ):
         apart = min(sensitivity.PROBE_WINDOWS, calibration)
         layers = len(middle)
     if wish.max_kl is not None and prepared.heldout is not None:
@@ -206,6 +212,7 @@ def looking_for(
         gradients=gradients,
         apart=apart,
         layers=layers,
+        graphs=graphs,
         together=together,
         comparing=comparing(False) if apart or together else 0.0,
     )
@@ -248,6 +255,16 @@ class _Sale:
                 return bought
             # The cheapest plan is known to fit.
             budget = max(budget - over, self.market.least)
+
+    def budgets(self) -> Sequence[int]:
+        """Ascending, those that can differ in what they buy."""
+        least, most = self.market.least, self.market.most
+        if not self.allocator.nested:
+            return range(least, most + 1)
+        found = [most]
+        while found[-1] > least:
+            found.append(_spent(self.market, self.at(found[-1] - 1)))
+        return found[::-1]
 
     def at(self, budget: int) -> list[int]:
         """The level of each item that the allocator buys."""
@@ -360,6 +377,10 @@ def _search(
 ) -> list[int]:
     """The smallest plan whose KL on the text of the proof is not above a limit, by halving.
 
+    Of an allocator whose plans are nested every plan is in reach, in log2(plans + 1) + 1 trials;
+    of another, to half a per cent of the size.  Should the KL not rise as the size falls, a smaller
+    plan may be missed; what is returned was measured.
+
     Raises:
         UserError: There is no text to find the KL on, or not even the dearest levels reach it.
     """
@@ -371,20 +392,23 @@ def _search(
             "Give a language model and leave --proof none out, or give a --budget.",
         )
     probe = Probe(prepared, wish.format, wish.options, candidates, prepared.heldout.ids, shelf)
-    low, high = sale.market.least, sale.market.most
-    progress.stage("search", 2 + (int((high - low) / (_SEARCHED * high))).bit_length())
-    best, reached = _tried(sale, probe, high, progress)
+    budgets = sale.budgets()
+    near = 0 if sale.allocator.nested else int(_SEARCHED * budgets[-1])
+    progress.stage("search", 1 + (len(budgets) // (near + 1)).bit_length())
+    best, reached = _tried(sale, probe, budgets[-1], progress)
     if reached > max_kl:
         raise UserError(
             f"a KL of at most {max_kl:g} is out of reach: the dearest levels reach {reached:.4g}.",
             f"Give --max-kl {reached * 1.01:.3g} or more, or allow higher levels "
             "(--allow bits=4,8,16).",
         )
-    while high - low > _SEARCHED * high:
+    # What is bought with one is enough, with the other it is not: with nothing, at first.
+    low, high = -1, len(budgets) - 1
+    while high - low > 1 + near:
         middle = (low + high) // 2
-        bought, reached = _tried(sale, probe, middle, progress)
+        bought, reached = _tried(sale, probe, budgets[middle], progress)
         if reached <= max_kl:
-            best, high = bought, _spent(sale.market, bought)
+            best, high = bought, budgets.index(_spent(sale.market, bought))
         else:
             low = middle
     return best

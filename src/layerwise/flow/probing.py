@@ -110,6 +110,25 @@ class Probe:
             measured[name] = self._divergence(self.runner, carried[:count], after, outer)
         return measured
 
+    def made(self, name: str, plan: LayerPlan) -> Transformed:
+        """A layer under a plan.
+
+        Raises:
+            UserError: It is not in the cache any more, and calibration would be needed.
+        """
+        layer = self.found.layers[name]
+        done = self.candidates.find(layer, plan, self.options)
+        if done is None and all(catalogue.get(id).needs == "nothing" for id, _ in plan.steps):
+            weight = layer.matrix(self.source.read(layer.tensor)).float().contiguous()
+            done = transform([layer], [weight], {}, [plan], self.options)[0]
+        if done is None:
+            raise UserError(
+                f"{name} was made for this plan and is not in the cache any more: it holds "
+                f"{self.candidates.cache.limit / 1e9:.1f} GB at most.",
+                "Give it more room with --cache-size.",
+            )
+        return done
+
     def _with(
         self, name: str, plan: LayerPlan, block: str, carried: Activations
     ) -> Iterator[Tensor]:
@@ -128,17 +147,7 @@ class Probe:
         self, changed: dict[str, Tensor], answers: dict[str, Answer], name: str, plan: LayerPlan
     ) -> None:
         """Put a layer under a plan into the tensors and answers that a block is to use."""
-        layer = self.found.layers[name]
-        done = self.candidates.find(layer, plan, self.options)
-        if done is None and all(catalogue.get(id).needs == "nothing" for id, _ in plan.steps):
-            weight = layer.matrix(self.source.read(layer.tensor)).float().contiguous()
-            done = transform([layer], [weight], {}, [plan], self.options)[0]
-        if done is None:
-            raise UserError(
-                f"{name} was made for this plan and is not in the cache any more: it holds "
-                f"{self.candidates.cache.limit / 1e9:.1f} GB at most.",
-                "Give it more room with --cache-size.",
-            )
+        layer, done = self.found.layers[name], self.made(name, plan)
         info = self.source.tensors[layer.tensor]
         # Scales that a feeder is to take do not change what a layer answers: none are moved here.
         scaled = done.input_scale is not None

@@ -1,6 +1,6 @@
 """What each level of each layer costs the whole model: errors of layers, weighed.
 
-A layer's own error says nothing of how much the model's answer cares about it.  Four weights are
+A layer's own error says nothing of how much the model's answer cares about it.  Five weights are
 to choose from, from cheap to dear:
 
     error   the share of the layer's output energy that is lost: all layers alike
@@ -9,8 +9,12 @@ to choose from, from cheap to dear:
             the model's answer to second order, in nats per token, from one pass back through it
     kl      the KL of the model's answer, measured with that layer alone at one level in the
             middle of its own, and scaled to the others by their error
+    hessian the KL of the model's answer to second order, with what layers do to each other: a
+            layer's level costs its share of what all layers cost together at that level, the
+            last that a layer has where it has fewer; see core/hessian.py.  The whole model is in
+            memory for it, and the rounding of inputs is not seen
 
-`fisher` and `kl` predict the KL of the whole model by adding up over layers.
+`fisher`, `kl` and `hessian` predict the KL of the whole model by adding up over layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +24,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from layerwise.core.apply import lost_share
-from layerwise.core.candidates import Candidates
+from layerwise.core.candidates import Candidates, Options
 from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
 from layerwise.core.fisher import output_fisher
+from layerwise.core.hessian import Change, divergence_shares
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
 from layerwise.flow.preparing import Prepared
@@ -31,10 +36,10 @@ from layerwise.flow.probing import Probe
 from layerwise.flow.survey import Survey
 from layerwise.flow.wish import Sensitivity, Wish
 
-IN_NATS = ("fisher", "kl")
+IN_NATS = ("fisher", "kl", "hessian")
 # Windows of the calibration text: as many as keep the mean's error well below what tells layers
 # apart.
-FISHER_WINDOWS, PROBE_WINDOWS = 16, 8
+FISHER_WINDOWS, PROBE_WINDOWS, HESSIAN_WINDOWS = 16, 8, 16
 
 
 def chosen(wish: Wish, prepared: Prepared) -> Sensitivity:
@@ -76,6 +81,8 @@ def weighed(
         return _by_fisher(prepared, looked, candidates, progress, shelf)
     if name == "kl":
         return _by_kl(prepared, wish, looked, candidates, progress, shelf)
+    if name == "hessian":
+        return _by_hessian(prepared, wish, looked, candidates, progress)
     return {
         layer: torch.tensor([_lost(looked, layer, level, name) for level in levels]).double()
         for layer, levels in looked.levels.items()
@@ -127,9 +134,10 @@ def middle_of(levels: Mapping[str, Sequence[LayerPlan]]) -> dict[str, LayerPlan]
     return {layer: plans[len(plans) // 2] for layer, plans in levels.items()}
 
 
-def kl_key(candidates: Candidates, middle: Mapping[str, LayerPlan]) -> str:
+def kl_key(candidates: Candidates, middle: Mapping[str, LayerPlan], options: Options) -> str:
     """Where the KL of layers at their middle levels is kept."""
-    return candidates.key("kl", PROBE_WINDOWS, {n: str(p.work) for n, p in middle.items()})
+    told = {name: str(plan.work) for name, plan in middle.items()}
+    return candidates.key("kl", PROBE_WINDOWS, told, options)
 
 
 def _by_kl(
@@ -141,7 +149,7 @@ def _by_kl(
     shelf: Shelf,
 ) -> dict[str, Tensor]:
     middle = middle_of(looked.levels)
-    key = kl_key(candidates, middle)
+    key = kl_key(candidates, middle, wish.options)
     entry = candidates.cache.get(key)
     if entry is None:
         assert prepared.calibration is not None
@@ -164,3 +172,49 @@ def _ratios(
     reference = _lost(looked, layer, middle, "error")
     errors = [_lost(looked, layer, level, "error") for level in levels]
     return torch.tensor([lost_share(error, reference) for error in errors]).double()
+
+
+def hessian_key(
+    candidates: Candidates, levels: Mapping[str, Sequence[LayerPlan]], options: Options
+) -> str:
+    """Where the shares of layers at their levels are kept."""
+    told = {name: [str(plan.work) for plan in plans] for name, plans in levels.items()}
+    return candidates.key("hessian", HESSIAN_WINDOWS, told, options)
+
+
+def _by_hessian(
+    prepared: Prepared, wish: Wish, looked: Survey, candidates: Candidates, progress: Progress
+) -> dict[str, Tensor]:
+    key = hessian_key(candidates, looked.levels, wish.options)
+    entry = candidates.cache.get(key)
+    if entry is not None:
+        return dict(entry.tensors)
+    assert prepared.runner is not None
+    assert prepared.calibration is not None
+    ids = prepared.calibration.ids[:HESSIAN_WINDOWS]
+    probe = Probe(prepared, wish.format, wish.options, candidates, ids)
+    costs = {name: torch.zeros(len(plans)).double() for name, plans in looked.levels.items()}
+    highest = max(map(len, looked.levels.values()), default=0)
+    progress.stage("hessian", highest * len(ids))
+    for place in range(highest):
+        at = {name: min(place, len(plans) - 1) for name, plans in looked.levels.items()}
+        changes = [
+            _change(prepared, probe, name, plans[at[name]])
+            for name, plans in looked.levels.items()
+            if plans[at[name]].steps
+        ]
+        if not changes:
+            continue
+        found = divergence_shares(prepared.runner, changes, ids, progress)
+        for change, share in zip(changes, found, strict=True):
+            name = change.layer.name
+            if at[name] == place:
+                costs[name][place] = share
+    candidates.cache.put(key, costs, {})
+    return costs
+
+
+def _change(prepared: Prepared, probe: Probe, name: str, plan: LayerPlan) -> Change:
+    layer = prepared.found.layers[name]
+    weight = layer.read(prepared.source).float()
+    return Change(layer, weight, probe.made(name, plan).weight - weight)

@@ -345,7 +345,7 @@ def _promised(
         together=len(prepared.heldout.ids),
         comparing=comparing(False),
     )
-    tried = search_foresight(prepared, replace(looking, gradients=0, apart=0, together=0))
+    tried = search_foresight(prepared, replace(looking, gradients=0, graphs=0, apart=0, together=0))
     found = search_foresight(prepared, replace(looking, levels={}))
 
     def forecast(economy: Economy) -> Outlook:

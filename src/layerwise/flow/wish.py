@@ -23,7 +23,7 @@ GROUPS = (128, 64, 32, 16)
 ALLOWED = ("bits", "density", "rank")
 
 # How the errors of layers are weighed against each other: see flow/sensitivity.py.
-Sensitivity = Literal["", "error", "energy", "fisher", "kl"]
+Sensitivity = Literal["", "error", "energy", "fisher", "kl", "hessian"]
 
 
 @dataclass(frozen=True, slots=True)

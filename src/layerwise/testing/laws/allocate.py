@@ -1,5 +1,6 @@
 """Laws of allocators."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,17 @@ def errs_no_more_than_one_level_for_all(method: Method) -> None:
             uniform = torch.tensor([min(common, len(cost) - 1) for cost in _costs(given)])
             if _spent(given, uniform) <= budget:
                 assert _error(given, levels) <= _error(given, uniform) * (1 + 1e-9)
+
+
+def lowers_none_for_more(method: Method) -> None:
+    """What is declared nested is: no item gets a lower level for a larger budget."""
+    if not method.nested:
+        return
+    for name in cases.weights():
+        plans = [
+            method.run(**given, budget=budget) for given, budget in _instances(method, (name,))
+        ]
+        assert all(bool((more >= less).all()) for less, more in itertools.pairwise(plans))
 
 
 def refuses_the_impossible(method: Method) -> None:
