@@ -9,13 +9,13 @@ from layerwise.core.plan import LayerPlan
 from layerwise.core.results import Quantized
 from layerwise.quantize._grid import storable
 from layerwise.quantize._power import power_points
-from layerwise.quantize.nupes import nupes
+from layerwise.quantize.powerquant import powerquant
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
 
 
 def at(weight, exponent, **options):
-    return nupes(weight, lowest=exponent, highest=exponent, **options)
+    return powerquant(weight, lowest=exponent, highest=exponent, **options)
 
 
 def lost(weight, quantized):
@@ -48,7 +48,7 @@ def test_an_exponent_of_one_is_rounding_without_the_lowest_code():
 
 def test_the_exponent_is_the_best_of_the_grid():
     weight = torch.randn(16, 128)
-    made = nupes(weight, bits=4)
+    made = powerquant(weight, bits=4)
     errors = {step: lost(weight, at(weight, step / 20, bits=4)) for step in range(4, 25)}
     best = min(errors, key=errors.__getitem__)
     assert made.notes == (f"exponent {best / 20:.3g}",)
@@ -61,14 +61,14 @@ def test_heavy_tails_want_another_exponent_than_even_weights():
     tailed = torch.randn(16, 128) ** 3
 
     def exponent(weight):
-        return float(nupes(weight, bits=4).notes[0].removeprefix("exponent "))
+        return float(powerquant(weight, bits=4).notes[0].removeprefix("exponent "))
 
     assert exponent(tailed) < 0.6 < 0.8 < exponent(even)
 
 
 def test_norm_says_which_errors_count():
     weight = torch.randn(16, 128) ** 3
-    assert nupes(weight, bits=3, norm=1.0).notes != nupes(weight, bits=3, norm=6.0).notes
+    assert powerquant(weight, bits=3, norm=1.0).notes != powerquant(weight, bits=3, norm=6.0).notes
 
 
 def test_signs_and_zeros_are_kept():
@@ -82,7 +82,7 @@ def test_signs_and_zeros_are_kept():
 
 def test_eight_bits_lose_next_to_nothing():
     weight = torch.randn(8, 256)
-    assert lost(weight, nupes(weight, bits=8)) < 1e-4
+    assert lost(weight, powerquant(weight, bits=8)) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -98,23 +98,27 @@ def test_points_have_one_zero_and_are_signed_alike(bits, exponent):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_full(dtype):
     weight = torch.randn(8, 64).to(dtype)
-    assert nupes(weight, bits=4).dequantize().equal(nupes(weight.float(), bits=4).dequantize())
+    assert (
+        powerquant(weight, bits=4)
+        .dequantize()
+        .equal(powerquant(weight.float(), bits=4).dequantize())
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (5, 61), (48, 1)])
 def test_any_shape_will_do(shape):
     weight = torch.randn(shape)
-    assert lost(weight, nupes(weight, bits=6, group=16)) < 1e-2
+    assert lost(weight, powerquant(weight, bits=6, group=16)) < 1e-2
 
 
 def test_a_layer_of_zeros_stays_one():
-    assert not nupes(torch.zeros(4, 32), bits=3).dequantize().any()
+    assert not powerquant(torch.zeros(4, 32), bits=3).dequantize().any()
 
 
 def test_everything_stored_is_counted():
     weight = torch.randn(8, 64)
     for bits in (4, 8):
-        made = nupes(weight, bits=bits, group=32)
+        made = powerquant(weight, bits=bits, group=32)
         stored = 8 * 64 * bits + 8 * 2 * 16 + 2**bits * 32
         assert made.bits_per_weight() == stored / (8 * 64)
 
@@ -123,8 +127,8 @@ def test_everything_stored_is_counted():
 @pytest.mark.parametrize("bits", [3, 8])
 def test_what_is_stored_is_read_back(bits, symmetric):
     weight = torch.randn(24, 96)
-    made = nupes(weight, bits=bits, group=32, symmetric=symmetric)
-    told = LayerPlan(bits, 32, symmetric, "nupes").told({})
+    made = powerquant(weight, bits=bits, group=32, symmetric=symmetric)
+    told = LayerPlan(bits, 32, symmetric, "powerquant").told({})
     parts = made.parts(told)
     layout = Quantized.layout(24, 96, told)
     assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == dict(layout)
@@ -143,12 +147,12 @@ def test_what_is_stored_is_read_back(bits, symmetric):
 )
 def test_refuses_nonsense(options, says):
     with pytest.raises(UserError, match=says):
-        nupes(torch.randn(4, 8), **{"bits": 4} | options)
+        powerquant(torch.randn(4, 8), **{"bits": 4} | options)
 
 
 def test_a_model_is_written_and_read_back(llama, tmp_path):
     report = lw.compress(
-        llama, tmp_path / "out", bits=3, method="nupes", format="layerwise", text="builtin",
+        llama, tmp_path / "out", bits=3, method="powerquant", format="layerwise", text="builtin",
         text_samples=2, length=32, noise_floor=False,
     )  # fmt: skip
     assert report.proof is not None
@@ -164,7 +168,7 @@ def test_a_trained_model_loses_a_tenth_less_than_with_even_steps(bits):
     def mean(exponent):
         return sum(lost(weight, at(weight, exponent, bits=bits)) for weight in weights)
 
-    searched = sum(lost(weight, nupes(weight, bits=bits)) for weight in weights)
+    searched = sum(lost(weight, powerquant(weight, bits=bits)) for weight in weights)
     one_for_all = {step / 20: mean(step / 20) for step in range(10, 21)}
     best = min(one_for_all, key=one_for_all.__getitem__)
     assert best < 1

@@ -1,4 +1,4 @@
-"""NUPES: even steps of a power of the weights, with the exponent that loses a layer least."""
+"""PowerQuant: even steps of a power of the weights, with the exponent that loses a layer least."""
 
 import math
 
@@ -19,9 +19,9 @@ _ROWS = {"group": 0, "symmetric": True}
 
 @quantizer(
     Paper(
-        "NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search",
+        "PowerQuant: Automorphism Search for Non-Uniform Quantization",
         2023,
-        "2308.05600",
+        "2301.09858",
     ),
     claims=(
         Claim("rtn", "bytes-wikitext/quantize", _ROWS | {"bits": 3}, 0.0, _SOURCE),
@@ -31,7 +31,7 @@ _ROWS = {"group": 0, "symmetric": True}
     codes="points",
     widths=range(2, 9),
 )
-def nupes(
+def powerquant(
     weight: Float[Tensor, "out in"],
     *,
     bits: int,
@@ -58,10 +58,10 @@ def nupes(
     which needs no data.  At a = 1 this is rounding to nearest on a symmetric grid without its
     lowest code; the sign keeps 0.0 apart, so there are no zero points.
 
-    This is the part of the paper that needs no data; it goes on to learn exponents and codes.
-    Unlike the paper, which divides by max|w|^a, weights are divided by max|w| first, which is the
-    same and cannot overflow; and that maximum is rounded up to 16 bits before codes are chosen.
-    The paper searches with Nelder-Mead; a grid finds the same to half of its step.
+    Unlike the paper, which searches one exponent for a network, each layer has its own.  It divides
+    by max|w|^a where weights are divided by max|w| first, which is the same and cannot overflow;
+    and that maximum is rounded up to 16 bits before codes are chosen.  The paper searches with
+    Nelder-Mead; a grid finds the same to half of its step.
 
     Args:
         weight: Layer to quantize.
