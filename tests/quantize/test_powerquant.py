@@ -141,7 +141,7 @@ def test_what_is_stored_is_read_back(bits, symmetric):
         ({"bits": 9}, "bits"),
         ({"lowest": 0.0}, "exponents"),
         ({"highest": 0.1}, "exponents"),
-        ({"step": 0.0}, "exponents"),
+        ({"step": 0.0}, "step"),
         ({"norm": 0.0}, "norm"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,18 +10,20 @@ from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid
-from layerwise.quantize._power import power_codes, power_pack, power_points, power_scale
+from layerwise.quantize._power import (
+    best_exponent,
+    check_exponents,
+    power_codes,
+    power_pack,
+    power_scale,
+)
 
 _SOURCE = "data-free tables: exponents that are searched against even steps (exponent 1)"
 _ROWS = {"group": 0, "symmetric": True}
 
 
 @quantizer(
-    Paper(
-        "PowerQuant: Automorphism Search for Non-Uniform Quantization",
-        2023,
-        "2301.09858",
-    ),
+    Paper("PowerQuant: Automorphism Search for Non-Uniform Quantization", 2023, "2301.09858"),
     claims=(
         Claim("rtn", "bytes-wikitext/quantize", _ROWS | {"bits": 3}, 0.0, _SOURCE),
         Claim("rtn", "bytes-wikitext/quantize", _ROWS | {"bits": 4}, 0.0, _SOURCE),
@@ -81,16 +82,15 @@ def powerquant(
     """
     group = group or weight.shape[1]
     check_grid(weight, bits, group)
-    _check(bits, lowest, highest, step, norm)
+    check_exponents(bits, lowest, highest)
+    if not (0 < step < math.inf and 0 < norm < math.inf):
+        raise UserError(
+            f"step is {step}, norm is {norm}.",
+            "Give a step between exponents above 0, and a power of the errors above 0, such as 2.",
+        )
     grouped = by_group(weight, group)  # (out, groups, group)
     scale = power_scale(grouped)
-    least, best = math.inf, lowest
-    for number in range(int((highest - lowest) / step + 1e-6) + 1):
-        exponent = lowest + number * step
-        codes = power_codes(grouped, scale, bits, exponent)
-        error = _lost(grouped, scale, codes, power_points(bits, exponent), norm)
-        if error < least:
-            least, best = error, exponent
+    best = best_exponent(grouped, scale, bits, lowest, highest, step, norm)
     return power_pack(
         power_codes(grouped, scale, bits, best).flatten(1),
         scale,
@@ -101,27 +101,3 @@ def powerquant(
         exponent=best,
         notes=(f"exponent {best:.3g}",),
     )
-
-
-def _check(bits: int, lowest: float, highest: float, step: float, norm: float) -> None:
-    if not 2 <= bits <= 8:
-        raise UserError(f"bits is {bits}.", "Give bits from 2 to 8.")
-    if not 0.1 <= lowest <= highest < math.inf or not step > 0:
-        raise UserError(
-            f"exponents go from {lowest} to {highest} by {step}.",
-            "Give a lowest of 0.1 or more, a highest that is not below it, and a step above 0.",
-        )
-    if not 0 < norm < math.inf:
-        raise UserError(f"norm is {norm}.", "Give a power of the errors above 0, such as 2.")
-
-
-def _lost(
-    grouped: Float[Tensor, "*grids group"],
-    scale: Float[Tensor, "*grids"],
-    codes: Float[Tensor, "*grids group"],
-    points: Float[Tensor, " codes"],
-    norm: float,
-) -> float:
-    """Sum of |w - Q(w)|^norm, in units of the largest scale, in which no power overflows."""
-    error = points[codes.int()].mul_(scale[..., None]).sub_(grouped)
-    return float((error / scale.max()).abs_().pow_(norm).sum(dtype=torch.float64))
