@@ -70,7 +70,7 @@ def test_the_gradients_are_those_of_the_definition():
     points = points.sign() * (points.abs() / 3) ** (1 / a)
     w, scale = WEIGHT.double(), layer.scale.double()
     steps = w.sign() * 3 * (w.abs() / scale) ** a + layer.shift.detach()[:, 0]
-    inside = steps.abs() <= 3
+    inside = steps.round().abs() <= 3
     assert not bool(inside.all())
     codes = steps.clamp(-3, 3).round().long() + 3
     up, down = points[(codes + 1).clamp(max=6)], points[(codes - 1).clamp(min=0)]
@@ -103,6 +103,16 @@ def test_codes_go_anywhere_but_zeros_stay():
     assert not restored[pruned == 0].any()
     assert bool((restored[pruned != 0] < 0).all())
     assert int(layer.coded().codes.min()) == 1
+
+
+def test_no_shift_leads_past_the_ends():
+    layer = disturbed(Nupes(WEIGHT, bits=2, group=64))
+    before = layer.coded().codes
+    layer.settle()
+    assert torch.equal(layer.coded().codes, before)
+    with torch.enable_grad():
+        PROBLEM.loss([layer.weight()], 0).backward()
+    assert bool((layer.shift.grad != 0).all())
 
 
 def test_the_exponent_stays_in_its_range():

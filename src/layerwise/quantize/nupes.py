@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
-from layerwise.core.learning import Learned, Schedule, learned_alone
+from layerwise.core.learning import Learned, Schedule, learned_alone, rounded
 from layerwise.core.results import Coded, Quantized
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
@@ -58,6 +58,7 @@ class Nupes(Learned):
             raise UserError(f"rate is {rate}.", "Give a finite rate above 0, such as 0.01.")
         self.schedule = Schedule(steps, batch)
         self.rate = rate
+        self.most = 2 ** (bits - 1) - 1
         self.grouped = by_group(weight, self.group)  # (out, groups, group)
         self.scale = power_scale(self.grouped)
         self.start = best_exponent(self.grouped, self.scale, bits, lowest, highest)
@@ -76,24 +77,28 @@ class Nupes(Learned):
         return {self.rate: [self.shift], self.rate / _SLOWER: [self.growth]}
 
     def settle(self) -> None:
-        """The exponent stays among those that are tried."""
+        """The exponent stays among those that are tried, and shifts lead no further than the ends.
+
+        Past an end a weight has no gradient, and would never come back.
+        """
         with torch.no_grad():
             self.growth.clamp_(*self.range)
+            steps = power_steps(self.grouped, self.scale, self.bits, self.exponent)
+            self.shift.clamp_(-self.most - steps, self.most - steps)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """What the present codes stand for."""
-        whole, grown = self._steps()
+        whole = self._whole()
         points = power_points(self.bits, self.exponent)
         codes = self._codes(whole)
-        # Of size 0, for their gradients alone.
-        moved = whole - whole.detach()
-        values = points[codes] + _slopes(points)[codes] * moved + _turn(points)[codes] * grown
+        values = points[codes] + _slopes(points)[codes] * _only_gradient(whole)
+        values = values + _turn(points)[codes] * _only_gradient(self.growth)
         return (values * self.scale[..., None]).flatten(1)[:, : self.width]
 
     def coded(self) -> Quantized:
         """The present codes, with a note of the exponent."""
         with torch.no_grad():
-            codes = self._codes(self._steps()[0])
+            codes = self._codes(self._whole())
         return power_pack(
             codes.flatten(1).float(),
             self.scale,
@@ -105,16 +110,14 @@ class Nupes(Learned):
             notes=(f"exponent {self.exponent:.3g}",),
         )
 
-    def _steps(self) -> tuple[Tensor, Tensor]:
-        """What is rounded to whole numbers; and 0.0, with the gradient of the exponent's growth."""
-        most = 2 ** (self.bits - 1) - 1
-        grown = self.growth - self.growth.detach()
+    def _whole(self) -> Tensor:
         steps = power_steps(self.grouped, self.scale, self.bits, self.exponent)
-        steps = steps - most * _turn(steps / most) * grown
-        return (steps + self.shift * (self.grouped != 0)).clamp(-most, most), grown
+        steps = steps - self.most * _turn(steps / self.most) * _only_gradient(self.growth)
+        shifted = steps + self.shift * (self.grouped != 0)
+        return rounded(shifted).clamp(-self.most, self.most)
 
     def _codes(self, whole: Tensor) -> Tensor:
-        return whole.detach().round().long() + 2 ** (self.bits - 1)
+        return whole.detach().long() + 2 ** (self.bits - 1)
 
 
 @quantizer(
@@ -155,9 +158,9 @@ def nupes(
         m = 2^(bits - 1) - 1,    s = max|w|
         q = clamp(round(sign(w) m (|w| / s)^a + v), -m, m),    Q(w) = s sign(q) (|q| / m)^(1 / a)
 
-    The shifts v are in codes and have no bounds, so that a weight may get any code there is, and
-    another sign; one that was 0.0 stays 0.0.  The exponent a is learned as its logarithm, at a
-    tenth of the rate, by which neither 0.0 nor the largest weight moves:
+    The shifts v are in codes and lead as far as the ends, so that a weight may get any code there
+    is, and another sign; one that was 0.0 stays 0.0.  The exponent a is learned as its logarithm,
+    at a tenth of the rate, by which neither 0.0 nor the largest weight moves:
 
         d(u^a) / d(log a) = u^a log u^a,    d(u^(1 / a)) / d(log a) = -u^(1 / a) log u^(1 / a)
 
@@ -168,7 +171,8 @@ def nupes(
 
     The gradient of Q by its code is the mean distance of the points beside it.  Unlike that of the
     power it is not 0 at 0.0 for a < 1, where most codes are and none would ever leave, and has a
-    bound for a > 1.  No code of the authors is public: rates and steps are ours.
+    bound for a > 1.  At 2 bits steps are so wide that weights flip together, and learning may find
+    nothing better than its start.  No code of the authors is public: rates and steps are ours.
 
     Args:
         weight: Layer to quantize.
@@ -201,6 +205,11 @@ def nupes(
         highest=highest,
     )
     return learned_alone(layer, weight, gram)
+
+
+def _only_gradient(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Zeros, with the gradient of the values."""
+    return values - values.detach()
 
 
 def _turn(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
