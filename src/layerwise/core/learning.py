@@ -118,6 +118,8 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, _falling(schedule))
     learned = [tensor for tensors in rated.values() for tensor in tensors.values()]
     best = _judged(layers, problem)
+    if best == 0:  # nothing is lost, and no gradient points anywhere
+        return
     kept = [tensor.detach().clone() for tensor in learned]
     every = max(1, schedule.steps // _LOOKS)
     for step in range(schedule.steps):
