@@ -12,6 +12,7 @@ from torch import nn
 from layerwise.core import cache as caches
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import Source, open_checkpoint, open_source
+from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Evaluation, Report, Sweep
@@ -21,9 +22,11 @@ from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
 from layerwise.evaluate.pictures import Images
 from layerwise.evaluate.tasks import Tasks
+from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
+from layerwise.flow.loading import files_within
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
@@ -377,12 +380,18 @@ def sweep(
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    budget: str = "",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a model into transformers, whatever format layerwise wrote it in.
 
     Args:
         model: Path, hub id or `builtin:tiny`.
+        budget: Most bytes of its tensors that are read, as they are stored, such as "12MiB", of
+            files that can be read in part (`--format bitstack`); "" is all.
         dtype: What it is to compute in.
         trust_remote_code: Let the checkpoint bring its own Python.
 
@@ -390,9 +399,37 @@ def load(
         A transformers model in evaluation mode, its weights in full.
 
     Raises:
-        UserError: It is not there, or a package it needs is missing.
+        UserError: It is not there, has no such size, or a package it needs is missing.
     """
-    return load_or_say(open_checkpoint(model), dtype, trust_remote_code)
+    most = memory_limit(budget) if budget else None
+    return load_or_say(open_checkpoint(model), dtype, trust_remote_code, most)
+
+
+def stack(
+    model: str | Path,
+    budget: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Stack:
+    """Load a model that can grow and shrink while it is in use; see `Stack`.
+
+    Weights lie in full while transformers loads them; then only the blocks that there is room for
+    are held, and unpacked whenever a layer answers.
+
+    Args:
+        model: What `--format bitstack` wrote.
+        budget: Most bytes of stored tensors that are held, such as "12MiB".
+        dtype: What it is to compute in.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Raises:
+        UserError: It is not there, is of another format, or has no such size.
+    """
+    source = open_checkpoint(model)
+    files = files_within(source, memory_limit(budget))
+    assert isinstance(files, BitStack)
+    return Stack(load_or_say(source, dtype, trust_remote_code, files.least), files)
 
 
 def evaluate(
