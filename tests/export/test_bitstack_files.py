@@ -333,3 +333,27 @@ def test_a_later_version_and_a_lost_order_are_refused(llama, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"version {VERSION + 1}"):
         lw.load(out)
+
+
+@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+def test_half_a_level_of_a_trained_model_helps_more_in_order_than_backwards(tmp_path):
+    text = f"{ASSETS}/text/wikitext2"
+    wish = {"bits": 3, "method": "bitstack", "format": "bitstack", "length": 64}
+    texts = {"calibration": f"{text}/valid.txt", "text": f"{text}/test.txt", "text_samples": 32}
+    lw.compress(f"{ASSETS}/models/bytes-wikitext", tmp_path / "out", **wish | texts, samples=32)
+    stack = BitStack(open_checkpoint(tmp_path / "out"))
+    ids = windows(stack.source, f"{text}/test.txt", samples=64, length=64).ids
+    model = lw.load(tmp_path / "out")
+    each = len(stack.layers)
+
+    def loss(level, more):
+        with torch.no_grad():
+            for name in stack.layers:
+                blocks = level + (name in more)
+                model.get_submodule(name).weight.copy_(stack.weight(name, blocks))
+            return float(model(ids, labels=ids).loss)
+
+    for level in (1, 2):
+        order = stack.order()[(level - 1) * each : level * each]
+        first, last = order[: each // 2], order[-(each // 2) :]
+        assert loss(level, first) < loss(level, last)

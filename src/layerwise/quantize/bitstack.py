@@ -95,6 +95,8 @@ class SignBlocks(Coded):
         2024,
         "2410.23918",
     ),
+    # Groups concern the baseline alone: 2 bits are 2.28 in groups of 64 and 2.56 in groups of 32,
+    # against 2.44 of two blocks on bytes-wikitext and 2.20 on reference-6m.
     claims=(
         Claim("rtn", "bytes-wikitext/quantize", {"bits": 2, "group": 64}, 0.0, _SOURCE),
         Claim("rtn", "bytes-wikitext/quantize", {"bits": 2, "group": 32}, 0.0, _SOURCE),
@@ -130,14 +132,14 @@ def bitstack(
     entries, so one pair of vectors holds most of it.  A block takes 1 + 16 k (out + in) / (out in)
     bits for each weight; the first t blocks of any number are the result for t.
 
-    The scale costs nothing: v_i is stored as v_i diag(s)^-1, which has the same rank.  So every
-    layer is scaled, whatever feeds it, and nothing else in the model changes.  Unlike the authors'
-    code, which divides the norm or layer before by s and leaves layers alone that have none.
+    Unlike the authors' code, which divides the norm or layer before by s and leaves layers alone
+    that have none, v_i is stored as v_i diag(s)^-1, of the same rank: the scale costs nothing,
+    every layer has one, whatever feeds it, and nothing else in the model changes.
 
-    Here s_j is the root of the mean of x_j^2 over tokens.  Unlike the authors' code, where it is
-    the mean over sequences of the L2 norm over a sequence, and 1e-3 more: for sequences of equal
-    energy the two differ by a factor for all inputs, which changes nothing.  An input that
-    calibration never saw is scaled like the faintest one that it did see.
+    Unlike the authors' code, whose s_j is the mean over sequences of the L2 norm of x_j over a
+    sequence, and 1e-3 more, ours is the root of the mean of x_j^2 over tokens.  Where all
+    sequences have the same energy the two differ by one factor for all inputs, which changes
+    nothing.  An input that calibration never saw is scaled like the faintest one that it did see.
 
     Unlike the authors' code, what is subtracted is what is stored, in float16, so that a block
     makes up for the rounding of the last; v_i is rounded first, and u_i is the best there is for
