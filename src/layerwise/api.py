@@ -12,6 +12,7 @@ from torch import nn
 from layerwise.core import cache as caches
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import Source, open_checkpoint, open_source
+from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Evaluation, Report, Sweep
@@ -21,10 +22,11 @@ from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
 from layerwise.evaluate.pictures import Images
 from layerwise.evaluate.tasks import Tasks
+from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.identity import candidates_of
-from layerwise.flow.loading import load_into
+from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
@@ -381,6 +383,7 @@ def load(
     model: str | Path,
     *,
     into: nn.Module | None = None,
+    budget: str = "",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -390,6 +393,8 @@ def load(
         model: Path, hub id or `builtin:tiny`.
         into: A module such as it was made from, where that is no model of transformers: a copy of
             it is filled, in its own dtype.
+        budget: Most bytes of its tensors that are read, as they are stored, such as "12MiB", of
+            files that can be read in part (`--format bitstack`); "" is all.
         dtype: What it is to compute in, if transformers loads it.
         trust_remote_code: Let the checkpoint bring its own Python.
 
@@ -397,12 +402,40 @@ def load(
         The model in evaluation mode, its weights in full.
 
     Raises:
-        UserError: It is not there, does not fit, or a package it needs is missing.
+        UserError: It is not there, does not fit, has no such size, or a package it needs is
+            missing.
+    """
+    source, most = open_checkpoint(model), memory_limit(budget) if budget else None
+    if into is not None:
+        return load_into(source, into, most)
+    return load_or_say(source, dtype, trust_remote_code, most)
+
+
+def stack(
+    model: str | Path,
+    budget: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Stack:
+    """Load a model that can grow and shrink while it is in use; see `Stack`.
+
+    Weights lie in full while transformers loads them; then only the blocks that there is room for
+    are held, and unpacked whenever a layer answers.
+
+    Args:
+        model: What `--format bitstack` wrote.
+        budget: Most bytes of stored tensors that are held, such as "12MiB".
+        dtype: What it is to compute in.
+        trust_remote_code: Let the checkpoint bring its own Python.
+
+    Raises:
+        UserError: It is not there, is of another format, or has no such size.
     """
     source = open_checkpoint(model)
-    if into is not None:
-        return load_into(source, into)
-    return load_or_say(source, dtype, trust_remote_code)
+    files = files_within(source, memory_limit(budget))
+    assert isinstance(files, BitStack)
+    return Stack(load_or_say(source, dtype, trust_remote_code, files.least), files)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,24 @@ from layerwise.core.activation import Scheme
 from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import Codes
 from layerwise.core.checkpoint import STEM, Source, TensorInfo
+from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
 from layerwise.core.staging import Arrangement, arrange
 from layerwise.core.structure import Layer, Structure
+
+
+@runtime_checkable
+class Trial(Protocol):
+    """A model that was written, loaded back, to try other tensors in."""
+
+    def put(self, tensor: str, value: Tensor) -> None:
+        """Give it other values for a tensor, by its name in the original."""
+        ...
+
+    def loss(self) -> float:
+        """Its mean cross-entropy on some of the calibration text, in nats per token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Format(ABC):
         packs: Whether transformers keeps the files mapped and unpacks their layers when a model is
             first used.
         unpacking: Bytes that are held, for each weight of a layer, while it is unpacked.
+        tries: Some of its small files say what becomes of the model with other tensors.
     """
 
     source: Source
@@ -47,6 +62,7 @@ class Format(ABC):
     adapts: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     unpacking: ClassVar[float] = 0.0
+    tries: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, plan: Plan, found: Structure) -> None:
@@ -132,6 +148,24 @@ class Format(ABC):
     def files(self, plan: Plan, found: Structure) -> Mapping[str, bytes]:
         """Small files to put beside the weights, by their paths in the output."""
         return {}
+
+    def finished(self, trial: Trial | None) -> Mapping[str, bytes]:
+        """Small files about what was written, once all else is there; `source` is the output.
+
+        Args:
+            trial: The output, loaded back; None where it is not to be, or cannot be, run.
+        """
+        return {}
+
+    def within(self, budget: int) -> "Format":
+        """The same files, of which a loader reads no more than so many bytes.
+
+        Raises:
+            UserError: They have one size, or one that is larger.
+        """
+        raise UserError(
+            f"{self.source.label} can be loaded in one size only.", "Leave the budget out."
+        )
 
     @property
     def loader(self) -> str:

@@ -94,6 +94,8 @@ def _answered(
             for layer, learned in zip(layers, learning, strict=True)
             if (own := learned.answering()) is not None
         }
+        if not answers:
+            return answer(hidden, tensors)
         with Answered(answers):
             return answer(hidden, tensors)
 

@@ -4,6 +4,7 @@ A weight is known by where it lies in memory, so that it does not matter which m
 """
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -220,3 +221,14 @@ def _padded(inputs: Tensor, padding: str, weight: Tensor, dilation: Sequence[int
         total = spread * (kernel - 1)
         sides += [total // 2, total - total // 2]
     return nn.functional.pad(inputs, sides)
+
+
+def located(model: nn.Module, name: str) -> str:
+    """What a model calls a module or parameter of its files, which may leave the base's name out.
+
+    Args:
+        model: A model of transformers.
+        name: Its name in the files.
+    """
+    known = {known for known, _ in itertools.chain(model.named_modules(), model.named_parameters())}
+    return name if name in known else f"{getattr(model, 'base_model_prefix', '')}.{name}"

@@ -8,6 +8,7 @@ from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.export._adapter import CONFIG as ADAPTER_CONFIG
+from layerwise.export.bitstack import BitStack
 from layerwise.export.compressed_tensors import CompressedTensors
 from layerwise.export.dense import Dense
 from layerwise.export.gguf import Gguf
@@ -20,6 +21,7 @@ FORMATS: Mapping[str, type[Format]] = {
     "gguf": Gguf,
     "gptq": Gptq,
     "layerwise": Layerwise,
+    "bitstack": BitStack,
 }
 
 __all__ = ["ADAPTER_CONFIG", "FORMATS", "get", "kind"]

@@ -158,14 +158,16 @@ def _loader(source: Checkpoint, trust_remote_code: bool) -> Loader:
     return loaded
 
 
-def load_or_say(source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A checkpoint loaded with transformers.
+def load_or_say(
+    source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, budget: int | None = None
+) -> Any:
+    """A checkpoint loaded with transformers, or what a budget has room for.
 
     Raises:
         UserError: It cannot be; the message passes on what transformers says.
     """
     try:
-        return load(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load(source, dtype=dtype, trust_remote_code=trust_remote_code, budget=budget)
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
         raise UserError(
             f"transformers cannot load {source.label}: {error}",

@@ -33,7 +33,14 @@ from layerwise.core.text import Windows
 from layerwise.core.walk import Walked, restored_outside, walk
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
-from layerwise.flow.loading import answers, load, load_into, loader_of
+from layerwise.flow.loading import (
+    LoadedTrial,
+    answers,
+    causal,
+    load,
+    load_into,
+    loader_of,
+)
 from layerwise.flow.planning import Planned, make_plan
 from layerwise.flow.preparing import (
     PROOF_WINDOWS,
@@ -53,6 +60,8 @@ from layerwise.report.html import html
 # Float32 sums in another order move a logit by about 1e-6 of the largest one; a wrong scale, zero
 # point or order of codes moves it by far more than this.
 ALLOWED = 1e-4
+# Windows of the calibration text that a written model is tried on with other tensors.
+TRIED_WINDOWS = 8
 
 
 def compress(
@@ -158,6 +167,10 @@ def compress(
                     prepared, planned, rows, compared[0], candidates, layer_windows, progress, kept
                 )
         staging.add(_small_files(prepared, ready, format, recipe or {}))
+        if format.tries:
+            staging.add(
+                _tried(prepared, ready, staging.folder, progress, trust_remote_code, economy)
+            )
         proved = _prove(
             prepared, ready, staging.folder, answered, progress, trust_remote_code, economy
         )
@@ -287,6 +300,28 @@ def _small_files(
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
     return files
+
+
+def _tried(
+    prepared: Prepared,
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    trust_remote_code: bool,
+    economy: Economy,
+) -> Mapping[str, bytes]:
+    """The small files that the written model must be run for, if it is to be loaded back."""
+    written, trial = open_checkpoint(folder), None
+    language = causal(prepared.source)
+    if prepared.heldout is not None and prepared.calibration is not None and language:
+        progress.stage("try blocks", 1)
+        memory.settle()
+        model = load(written, trust_remote_code=trust_remote_code)
+        trial = LoadedTrial(model, prepared.calibration.ids[:TRIED_WINDOWS], economy.tokens)
+    made = export.get(plan.format, written, plan.options).finished(trial)
+    if trial is not None:
+        progress.step("try blocks")
+    return made
 
 
 def _prove(

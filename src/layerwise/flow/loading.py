@@ -10,18 +10,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from layerwise import export
-from layerwise.core.checkpoint import Checkpoint
+from layerwise.core.checkpoint import Checkpoint, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.families import CAUSAL_MODELS
 from layerwise.core.format import Format
-from layerwise.core.products import Answering
+from layerwise.core.products import Answering, located
 
 
 def load(
-    source: Checkpoint, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    source: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    budget: int | None = None,
 ) -> Any:
     """Load a model directory as its users will, with transformers and what its format needs.
 
@@ -31,12 +37,14 @@ def load(
         source: The directory, opened.
         dtype: What it is to compute in.
         trust_remote_code: Let it bring its own Python.
+        budget: Most bytes of its tensors that are read, as they are stored; None is all.
 
     Raises:
-        UserError: It is no such directory, lacks a weight, or a package it needs is missing.
+        UserError: It is no such directory, has no such size, lacks a weight, or a package it
+            needs is missing.
     """
     transformers = need("transformers", "loading a model")
-    format = _format(source)
+    format = _format(source) if budget is None else files_within(source, budget)
     if format is not None:
         need_packages(format, f"reading {source.label}")
     transformers.utils.logging.disable_progress_bar()
@@ -77,17 +85,18 @@ def load(
     return model.eval()
 
 
-def load_into(source: Checkpoint, module: nn.Module) -> nn.Module:
+def load_into(source: Checkpoint, module: nn.Module, budget: int | None = None) -> nn.Module:
     """A copy of a module with the weights that a directory holds, each in the module's dtype.
 
     Args:
         source: The directory, opened: safetensors, or what layerwise made of such a module.
         module: What it was made from, or one with its parameters and buffers.
+        budget: Most bytes of its tensors that are read, as they are stored; None is all.
 
     Raises:
-        UserError: The directory lacks some of them, or has one of another shape.
+        UserError: The directory lacks some of them, has one of another shape, or no such size.
     """
-    format = _format(source)
+    format = _format(source) if budget is None else files_within(source, budget)
     read = None if format is None else format.read()
     state = read or {name: source.read(name) for name in source.tensors}
     made = copy.deepcopy(module).eval()
@@ -122,14 +131,13 @@ def _by_transformers(
 ) -> tuple[Any, Sequence[str]]:
     """The model by `from_pretrained`, and the weights that were not in its files."""
     transformers = need("transformers", "loading a model")
-    folder, architecture = str(source.folder), (source.config.get("architectures") or [""])[0]
+    folder = str(source.folder)
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
-    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    if known is None or (causal and state is None):
+    if known is None or (causal(source) and state is None):
         model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     elif state is None:
         model, told = known.from_pretrained(folder, **options)
@@ -158,6 +166,54 @@ def _format(source: Checkpoint) -> Format | None:
     """The format of ours that a model says it is stored in."""
     name = (source.config.get("quantization_config") or {}).get("quant_method", "")
     return export.get(name, source) if name in export.FORMATS else None
+
+
+def files_within(source: Checkpoint, budget: int) -> Format:
+    """Files of ours that are read as far as a budget allows.
+
+    Raises:
+        UserError: They are of one size, or of one that is larger.
+    """
+    format = _format(source)
+    if format is None:
+        raise UserError(f"{source.label} can be loaded in one size only.", "Leave the budget out.")
+    return format.within(budget)
+
+
+def causal(source: Source) -> bool:
+    """Whether a model foretells the next token of a text."""
+    architecture = (source.config.get("architectures") or [""])[0]
+    return architecture.endswith(CAUSAL_MODELS)
+
+
+class LoadedTrial:
+    """A loaded model, to try other tensors in.
+
+    Args:
+        model: The model; what is put into it stays there.
+        ids: Windows that its loss is taken on.
+        tokens: How many are answered at once, about.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, tokens: int) -> None:
+        self.model = model
+        self.ids = ids
+        self.tokens = tokens
+
+    def put(self, tensor: str, value: Tensor) -> None:
+        """Give it other values for a tensor, by its name in the original."""
+        with torch.no_grad():
+            self.model.get_parameter(located(self.model, tensor)).copy_(value)
+
+    def loss(self) -> float:
+        """Its mean cross-entropy in nats per token."""
+        total, start = 0.0, 0
+        for logits in answers(self.model, self.ids, self.tokens):
+            shown = self.ids[start : start + len(logits)]
+            found, asked = logits[:, :-1].float().flatten(0, 1), shown[:, 1:].flatten()
+            total += float(functional.cross_entropy(found, asked, reduction="sum"))
+            start += len(logits)
+        return total / self.ids[:, 1:].numel()
 
 
 def need_packages(format: Format, purpose: str) -> None:
