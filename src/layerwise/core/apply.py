@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.activation import Activation, static
 from layerwise.core.errors import UserError
+from layerwise.core.evidence import GRAD, of_layer
 from layerwise.core.plan import LayerPlan
 from layerwise.core.results import Coded, LowRank, Pruned, Quantized
 from layerwise.core.structure import Layer
@@ -198,7 +199,9 @@ def _run(
         for word in method.evidence
         if word not in ("weight", "approximation") and word not in evidence
     ]
-    if ungathered := [word for word in missing if catalogue.EVIDENCE[word] != "calibration"]:
+    if ungathered := [
+        word for word in missing if catalogue.EVIDENCE[word] not in catalogue.GATHERED
+    ]:
         raise UserError(
             f"{method.id} reads {', '.join(ungathered)}, which nothing gathers here.",
             "Choose a method that needs nothing or calibration (`layerwise methods`).",
@@ -208,15 +211,21 @@ def _run(
             f"{method.id} reads {', '.join(missing)} of {names[0]}, which calibration gathers.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
-    seen = {word: evidence[word] for word in method.evidence if word in evidence}
+    shared = {word: evidence[word] for word in method.evidence if word in evidence}
+    seen = [of_layer(shared, name) for name in names]
     if "approximation" in method.evidence:
         return [
-            method.run(**seen, weight=original, approximation=part.weight, **options)
-            for original, part in zip(originals, parts, strict=True)
+            method.run(**given, weight=original, approximation=part.weight, **options)
+            for given, original, part in zip(seen, originals, parts, strict=True)
         ]
     if method.rows == "layer" or len(parts) == 1:
-        return [method.run(**seen, weight=part.weight, **options) for part in parts]
-    stacked = method.run(**seen, weight=torch.cat([part.weight for part in parts]), **options)
+        return [
+            method.run(**given, weight=part.weight, **options)
+            for given, part in zip(seen, parts, strict=True)
+        ]
+    if GRAD in shared:
+        shared[GRAD] = torch.cat([given[GRAD] for given in seen])
+    stacked = method.run(**shared, weight=torch.cat([part.weight for part in parts]), **options)
     return stacked.split([len(part.weight) for part in parts])
 
 

@@ -45,6 +45,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "models": "models",  # (models, ...), the same tensor of every model
     }
 )
+# What a text that the model reads can show.
+GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
 
 # Options that a plan says for each layer, or a budget for all of them; `fold` says whether
@@ -152,6 +154,11 @@ class Method:
     def needs(self) -> Need:
         """The dearest evidence the method reads."""
         return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
+
+    @property
+    def calibrated(self) -> bool:
+        """It reads what only a calibration text can show."""
+        return self.needs in GATHERED
 
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:

@@ -1,14 +1,18 @@
 """What calibration shows of an input, accumulated as it streams by."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from layerwise.core.catalogue import EVIDENCE, Method
+from layerwise.core.catalogue import EVIDENCE, GATHERED, Method
 from layerwise.core.errors import UserError
 from layerwise.core.structure import Layer
+
+# Evidence of a layer itself and not of what it reads: it is given by the layer's name.
+GRAD = "grad"
 
 
 @runtime_checkable
@@ -106,6 +110,18 @@ class AttentionCollector:
         return {"attention": torch.cat(self._seen)}
 
 
+@runtime_checkable
+class Listener(Protocol):
+    """Sees the gradients of what a layer answers."""
+
+    def listening(self, inputs: Callable[[], Tensor]) -> Callable[[Tensor], None]:
+        """What takes in the gradient of an answer, (..., out), to `inputs()`, (tokens, in).
+
+        Whatever is made of `inputs` holds them until the gradient comes.
+        """
+        ...
+
+
 class GradientCollector:
     """Accumulates the squared gradients of one layer's outputs.
 
@@ -116,13 +132,72 @@ class GradientCollector:
     def __init__(self, layer: Layer) -> None:
         self.squares = torch.zeros(layer.rows, dtype=torch.float64)
 
+    def listening(self, inputs: Callable[[], Tensor]) -> Callable[[Tensor], None]:
+        """What takes in the gradient of a batch of outputs, whatever the inputs were."""
+        return self.see
+
     def see(self, gradient: Tensor) -> None:
         """Take in the gradient of a batch of outputs, (..., out)."""
         flat = gradient.reshape(-1, gradient.shape[-1])
         self.squares += flat.square().sum(dim=0, dtype=torch.float64).cpu()
 
 
+class WeightGradientCollector:
+    """Accumulates the gradient of one layer's weight: the sum of g x^T over tokens.
+
+    Here x is what the layer reads and g the gradient of what it answers, so that no weight need
+    ask for a gradient of its own.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.seen = False
+        self._sum = torch.zeros(layer.rows, layer.width)
+
+    def listening(self, inputs: Callable[[], Tensor]) -> Callable[[Tensor], None]:
+        """What takes in the gradient of the outputs of these inputs."""
+        return functools.partial(self.see, inputs)
+
+    def see(self, inputs: Callable[[], Tensor], gradient: Tensor) -> None:
+        """Take in a batch: its inputs, (tokens, in), and its outputs' gradient, (..., out)."""
+        left, right = gradient.reshape(-1, gradient.shape[-1]), inputs().detach()
+        if (left.shape[1], right.shape[1]) != self._sum.shape:
+            raise UserError(
+                f"{self.layer.name} reads {right.shape[1]} inputs with a matrix of width "
+                f"{self.layer.width}: a grouped convolution, of which no gradient is gathered.",
+                "Give that layer a method that needs nothing, such as rtn.",
+            )
+        self.seen = True
+        self._sum = self._sum.to(left.device).addmm_(left.float().T, right.float())
+
+    def mean(self, predicted: int) -> Tensor:
+        """The gradient for each of so many predictions, to be asked for once.
+
+        An expert that no token reached has zeros.
+
+        Raises:
+            UserError: Another layer was not seen: its module multiplies in its own way.
+        """
+        if not self.seen and "expert" not in self.layer.name:
+            raise UserError(
+                f"{self.layer.name} was not seen to multiply anything that the answer depends on, "
+                "so there is no gradient of it.",
+                "Give that layer a method that needs nothing, such as rtn.",
+            )
+        return self._sum.cpu().div_(predicted)
+
+
 def calibrated_words(methods: Iterable[Method]) -> frozenset[str]:
     """The evidence that only a calibration run can give, of all that some methods read."""
     words = {word for method in methods for word in method.evidence}
-    return frozenset(word for word in words if EVIDENCE[word] == "calibration")
+    return frozenset(word for word in words if EVIDENCE[word] in GATHERED)
+
+
+def of_layer(evidence: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Evidence as a method is given it: the layer's own, where there is one for each by name."""
+    if GRAD not in evidence:
+        return evidence
+    return {**evidence, GRAD: evidence[GRAD][name]}

@@ -1,16 +1,26 @@
-"""How much the model's answer cares about each output of each layer."""
+"""How much the model's answer cares about each output of each layer, and about each weight.
 
+Gradients go back through one block at a time, with what each block saw kept until they come.
+"""
+
+import shutil
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from layerwise.core.carried import Shelf
-from layerwise.core.evidence import GradientCollector
+from layerwise.core.carried import Activations, Shelf
+from layerwise.core.errors import UserError
+from layerwise.core.evidence import GradientCollector, WeightGradientCollector
+from layerwise.core.families import CAUSAL_MODELS
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.structure import Layer
+
+# Windows of the calibration text that gradients of weights are gathered on: those of one window
+# vary, those of many tokens are near their mean.
+GRADIENT_WINDOWS = 16
 
 
 def output_fisher(
@@ -42,14 +52,11 @@ def output_fisher(
         shelf: Where what each block sees is kept until the gradient comes back to it.
     """
     progress.stage("gradients", len(runner.blocks))
-    seen = [shelf.keep("seen-0", runner.starting(ids), len(ids))]
-    for number, block in enumerate(runner.blocks, 1):
-        parts = runner.carry(block, seen[-1], {})
-        seen.append(shelf.keep(f"seen-{number}", parts, len(ids)))
+    seen = _seen(runner, ids, shelf)
     generator = torch.Generator().manual_seed(0)
     predicted = 0
 
-    def log_likelihood(logits: Tensor) -> Tensor:
+    def log_likelihood(logits: Tensor, _: Tensor) -> Tensor:
         nonlocal predicted
         chosen = drawn(logits, generator)
         predicted += len(chosen)
@@ -64,6 +71,104 @@ def output_fisher(
         found |= {name: (one.squares / predicted).float() for name, one in collectors.items()}
         progress.step(block)
     return found
+
+
+class WeightGradients:
+    """The mean gradient of the loss of a model as it is, with respect to its layers' weights.
+
+    The loss is the cross-entropy of each window's next tokens; for models that foretell none, that
+    of the answers which the model itself finds the most likely.  Gradients of weights are made
+    when their block's turn comes, from what the block sees and the gradient of what it answers:
+    these are all that is kept of a pass through the model and back, which is made when the first
+    are asked for.
+
+    Args:
+        runner: Runs the model.
+        ids: Token ids, (windows, length), or whatever the model takes a batch of; the first few
+            are used.
+        shelf: Where what is kept lies.
+    """
+
+    def __init__(self, runner: Runner, ids: Tensor, shelf: Shelf = Shelf()) -> None:  # noqa: B008
+        self.runner = runner
+        self.ids = ids[:GRADIENT_WINDOWS]
+        self.shelf = shelf
+        self.predicted = 0
+        self._kept: dict[str, tuple[Activations, Activations]] = {}
+
+    def of(self, block: str, layers: Sequence[Layer]) -> dict[str, Float[Tensor, "_ _"]]:
+        """Gradients for some layers of a block, by name, (out, in).
+
+        Raises:
+            UserError: A layer is not one that gradients are seen of.
+        """
+        if not self._kept:
+            if self.shelf.folder is not None:
+                self.shelf.folder.mkdir(exist_ok=True)
+            self._go_back()
+        seen, gradient = self._kept[block]
+        collectors = {layer.name: WeightGradientCollector(layer) for layer in layers}
+        self.runner.backward(block, seen, gradient[:], collectors)
+        return {name: one.mean(self.predicted) for name, one in collectors.items()}
+
+    def drop(self) -> None:
+        """Let go of all that is kept; of a shelf on disk, with its folder."""
+        self._kept.clear()
+        if self.shelf.folder is not None:
+            shutil.rmtree(self.shelf.folder, ignore_errors=True)
+
+    def _go_back(self) -> None:
+        runner, count = self.runner, len(self.ids)
+        seen = _seen(runner, self.ids, self.shelf)
+        gradient = runner.gradient(seen.pop(), self.ids, self._loss)
+        for block in reversed(runner.blocks):
+            before = seen.pop()
+            kept = self.shelf.keep(f"gradient-{len(seen)}", [gradient], count)
+            self._kept[block] = before, kept
+            if seen:
+                gradient = runner.backward(block, before, gradient, {})
+
+    def _loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        scored, chosen = answered(self.runner, logits, ids)
+        self.predicted += len(chosen)
+        return torch.nn.functional.cross_entropy(scored, chosen, reduction="sum")
+
+
+def answered(
+    runner: Runner, logits: Tensor, ids: Tensor
+) -> tuple[Float[Tensor, "predicted classes"], Int64[Tensor, " predicted"]]:
+    """What a model answers to some windows, and what is taken for the truth.
+
+    Raises:
+        UserError: It answers with no numbers for classes.
+    """
+    if logits.dim() < 2 or not logits.is_floating_point():
+        raise UserError(
+            f"{runner.source.label} answers with a tensor of shape {tuple(logits.shape)}, which is "
+            "not a distribution: there is no loss to take gradients of.",
+            "Use methods that need no gradients (`layerwise methods --needs calibration`).",
+        )
+    if _foretells(runner, logits, ids):
+        return logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten().to(logits.device)
+    scored = logits.flatten(0, -2)
+    return scored, scored.detach().argmax(dim=-1)
+
+
+def _foretells(runner: Runner, logits: Tensor, ids: Tensor) -> bool:
+    """Whether a model answers every token with a distribution of the next."""
+    architecture = (runner.source.config.get("architectures") or [CAUSAL_MODELS[0]])[0]
+    tokens = not ids.is_floating_point() and ids.dim() == 2 and ids.shape[1] > 1
+    of_tokens = tokens and logits.dim() == 3 and logits.shape[:2] == ids.shape
+    return architecture.endswith(CAUSAL_MODELS) and of_tokens and int(ids.max()) < logits.shape[-1]
+
+
+def _seen(runner: Runner, ids: Tensor, shelf: Shelf) -> list[Activations]:
+    """What each block sees, and what the last one answers."""
+    seen = [shelf.keep("seen-0", runner.starting(ids), len(ids))]
+    for number, block in enumerate(runner.blocks, 1):
+        parts = runner.carry(block, seen[-1], {})
+        seen.append(shelf.keep(f"seen-{number}", parts, len(ids)))
+    return seen
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Float[Tensor, "predicted 1"]:

@@ -7,8 +7,9 @@ block by block.
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from layerwise.core import memory
 from layerwise.core.apply import transform
 from layerwise.core.checkpoint import Source, TensorInfo
 from layerwise.core.economy import LAVISH, MICRO_BATCH_TOKENS, READ_BYTES, Economy, windows_at_once
+from layerwise.core.evidence import GRAD, Listener, WeightGradientCollector
+from layerwise.core.fisher import GRADIENT_WINDOWS, answered
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan, sampling, words_of
 from layerwise.core.rewriting import Rewritten
@@ -195,6 +198,10 @@ class Foresight:
         else:
             self._blocks = [self._groups(block) for block in found.blocks]
             self._passing = Passing(passes)
+            if GRAD in plan.words() and passes.calibration is not None:
+                self._samples[GRAD, "ending"], self._samples[GRAD, "back"] = going_back(
+                    passes, self._passing.block, found, WeightGradientCollector
+                )
             infos = [source.tensors[name] for name in by_block(passes.runner)[1]]
             # What is outside the blocks is then held as it was and as it is stored.
             self.around = any(format.rest(info) != info for info in infos)
@@ -206,7 +213,9 @@ class Foresight:
         if self.passes is None:
             stages, seconds, staged = self._streaming(economy), self._streaming_seconds(), 0
         else:
-            walk = _Walking(self, self.passes, self._blocks, self._passing, economy)
+            nothing = Sample(0, 0.0, 0)
+            ending, back = (self._samples.get((GRAD, n), nothing) for n in ("ending", "back"))
+            walk = _Walking(self, self.passes, self._blocks, self._passing, economy, ending, back)
             stages, seconds, staged = walk.stages(), walk.seconds(), walk.staged
         stages[FORESEEING] = self._sampled
         return Forecast(
@@ -327,7 +336,7 @@ class _Work:
             replace(one, rank=math.ceil(one.rank * side) if one.rank else 0) for one in plans
         ]
         words = words_of(plans)
-        self.evidence = evidence_of(words, self.layers[0].width)
+        self.evidence = evidence_of(words, self.layers)
         self.options = sampling(plans, plan.options)
 
     def __call__(self) -> None:
@@ -356,14 +365,16 @@ def smaller(layer: Layer, side: float, together: int) -> Layer:
     return replace(layer, rows=rows, width=width, layout="linear", expert=None)
 
 
-def evidence_of(words: Collection[str], width: int) -> dict[str, torch.Tensor]:
-    """Evidence that a sample can do with."""
-    made = {
+def evidence_of(words: Collection[str], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Evidence that a sample of layers that read one input can do with."""
+    width = layers[0].width
+    made: dict[str, Callable[[], Any]] = {
         "gram": lambda: torch.eye(width),
         "magnitude": lambda: torch.ones(width),
         "peak": lambda: torch.ones(width),
         "attention": lambda: torch.ones(1, 1),
         "inputs": lambda: torch.ones(1, width),
+        GRAD: lambda: {one.name: torch.ones(one.rows, width) for one in layers},
     }
     return {word: made[word]() for word in made if word in words}
 
@@ -409,6 +420,29 @@ class Passing:
         self.rate = _products_per_second(width)
 
 
+def going_back(
+    passes: Passes, block: str, found: Structure, collecting: Callable[[Layer], Listener]
+) -> tuple[Sample, Sample]:
+    """One window's gradient of the answer, and its way back through a block.
+
+    What collectors hold is not of a window, and not in it.
+    """
+    assert passes.calibration is not None
+    runner, first = passes.runner.blank(), passes.calibration[:1]
+    hidden = runner.start(first)
+    after = runner.forward(block, hidden, {})
+    layers = found.layers.values()
+    inside = [one for one in layers if runner.whole or one.block == block]
+    collectors = {layer.name: collecting(layer) for layer in inside}
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(*answered(runner, logits, ids))
+
+    ending = sampled(lambda: runner.gradient(after, first, loss))
+    wanted = torch.zeros_like(after)
+    return ending, sampled(lambda: runner.backward(block, hidden, wanted, collectors))
+
+
 @dataclass(frozen=True)
 class _Walking:
     """The model of a run block by block: the memory of each stage, in terms with names."""
@@ -418,6 +452,8 @@ class _Walking:
     blocks: Sequence[Sequence[_Group]]
     passing: Passing
     economy: Economy
+    ending: Sample
+    back: Sample
 
     @property
     def runner(self) -> Runner:
@@ -457,7 +493,8 @@ class _Walking:
         aside = self.seen.plan.inputs == "original" and not self.economy.on_disk
         calibration = 0 if self.passes.calibration is None else len(self.passes.calibration)
         steps = len(self.runner.blocks) + self.economy.on_disk
-        return min(2, steps) * (self.carried - aside * calibration * self.passing.window)
+        carried = self.carried - aside * calibration * self.passing.window
+        return min(2, steps) * carried + self.economy.on_disk * self._gone_back
 
     @property
     def at_once(self) -> int:
@@ -474,6 +511,31 @@ class _Walking:
         calibrated = self.passes.calibration is not None
         return calibrated and "gram" in self.seen.plan.words()
 
+    @property
+    def gradients(self) -> int:
+        """Windows whose gradients go back to the weights."""
+        given = self.passes.calibration
+        wanted = given is not None and GRAD in self.seen.plan.words()
+        return min(len(given), GRADIENT_WINDOWS) if given is not None and wanted else 0
+
+    @property
+    def _gone_back(self) -> int:
+        """Bytes of what each block sees and of the gradient of its answer."""
+        return 2 * len(self.runner.blocks) * self.gradients * self.passing.window
+
+    @property
+    def kept_back(self) -> int:
+        """As many of them as are in memory."""
+        return 0 if self.economy.on_disk else self._gone_back
+
+    def back_through(self) -> int:
+        """What gradients hold on their way back through a block."""
+        if not self.gradients:
+            return 0
+        assert self.passes.calibration is not None
+        at_once = self._at_once(self.passes.calibration[: self.gradients])
+        return 2 * self.gradients * self.passing.window + at_once * self.back.bytes
+
     def stages(self) -> dict[str, int]:
         """Bytes that each stage holds beside what the process held before."""
         made = {
@@ -484,6 +546,8 @@ class _Walking:
             name = groups[0].layers[0].block
             for stage, held in self.in_block(name, groups).items():
                 made[stage] = max(made.get(stage, 0), held)
+        if self.gradients:
+            made["the gradient of the answer"] = self.answered()
         if self.passes.proof:
             made["comparing logits"] = self.comparing()
             if self.passes.apart:
@@ -499,15 +563,19 @@ class _Walking:
         """The stages of one block."""
         block = self.runner.block_bytes("" if self.runner.whole else name)
         through = self.at_once * self.passing.through.bytes
-        # One for each input, however many groups read it.
+        # A gram matrix for each input, however many groups read it.
         each = {group.reads: group.gram if self.grams else 0 for group in groups}
-        grams = sum(each.values())
+        for group in groups if self.gradients else ():
+            each[group.reads] += _FLOAT * group.count
+        gathered = sum(each.values())
         if self.economy.input_by_input:
             counts = [_FLOAT * group.count for group in groups]
-            grams = max(sum(counts[:n]) + each[group.reads] for n, group in enumerate(groups))
+            gathered = max(sum(counts[:n]) + each[group.reads] for n, group in enumerate(groups))
+        carried = self.states + self.kept_back
+        gathering = max(through, self.back_through())
         held = {
-            "gathering evidence in a block": self.states + block + through + grams,
-            "carrying activations through a block": self.states + block + through,
+            "gathering evidence in a block": carried + block + gathering + gathered,
+            "carrying activations through a block": carried + block + through,
         }
         done = most = 0
         for number, group in enumerate(groups):
@@ -517,8 +585,19 @@ class _Walking:
                 left = sum(each[reads] for reads in waiting)
             most = max(most, done + left + group.work.bytes)
             done += _FLOAT * group.count
-        held["transforming a block"] = self.states + most
+        held["transforming a block"] = carried + most
         return held
+
+    def answered(self) -> int:
+        """What each block sees, and the gradient of the loss at the last one's answer."""
+        assert self.passes.calibration is not None
+        ids = self.passes.calibration[: self.gradients]
+        runner = self.runner.running(self.economy.tokens)
+        blocks = 0 if self.economy.on_disk else 1 + len(runner.blocks)
+        outer = 0 if runner.whole else runner.outer_bytes()
+        at_once = min(runner.answering(ids), len(ids))
+        kept = (1 + blocks) * self.gradients * self.passing.window
+        return self.states + outer + kept + at_once * self.ending.bytes
 
     def comparing(self) -> int:
         """Logits of the result and of the original, and what a comparison makes of them."""
@@ -598,6 +677,10 @@ class _Walking:
         compared = 2 * len(self._shown) if self.passes.proof else 0
         seconds = (passes + self.passes.proof) * through
         seconds += (compared + self.passes.proof) * self.passing.ending.seconds
+        if self.gradients:
+            share = blocks / max(1, self.runner.block_bytes(self.passing.block))
+            back = 2 * share * self.back.seconds + self.ending.seconds
+            seconds += self.gradients * (through + back)
         # A layer that is looked at alone is carried through half of the blocks, on average.
         alone = len(self.seen.planned()) * self.passes.apart
         seconds += alone * (through / 2 + 2 * self.passing.ending.seconds)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.candidates import Options
+from layerwise.core.evidence import of_layer
 from layerwise.core.learning import BlockAnswer, BlockError, Learned, learn
 from layerwise.core.plan import LayerPlan
 from layerwise.core.products import Answered
@@ -112,5 +113,6 @@ def _learning(
     method = plan.quantizer
     assert method.learns is not None
     grid = {"bits": plan.bits, "group": plan.group or layer.width, "symmetric": plan.symmetric}
-    seen = {word: evidence[word] for word in method.evidence if word != "weight"}
+    own = of_layer(evidence, layer.name)
+    seen = {word: own[word] for word in method.evidence if word != "weight"}
     return method.learns(weight=weight, **seen, **dict(options.get(method.id, {})) | grid)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layerwise.core.activation import Activation
-from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
+from layerwise.core.evidence import AttentionCollector, Listener, Watcher
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
 Answer = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ class Tap(_Mode):
 class Listen(_Mode):
     """Shows the gradient of what each watched weight answers to its collector."""
 
-    def __init__(self, watched: Mapping[int, Sequence[GradientCollector]]) -> None:
+    def __init__(self, watched: Mapping[int, Sequence[Listener]]) -> None:
         super().__init__()
         self.watched = watched
 
@@ -61,9 +61,12 @@ class Listen(_Mode):
         """What a call answers."""
         answer = func(*args, **kwargs)
         if func in _PRODUCTS:
-            for collector in self.watched.get(_weight(func, args, kwargs).data_ptr(), ()):
-                across = 1 if func is nn.functional.conv2d else -1
-                answer.register_hook(functools.partial(_shown, collector, across))
+            weight = _weight(func, args, kwargs)
+            inputs = functools.partial(_columns, func, args, kwargs, weight)
+            across = 1 if func is nn.functional.conv2d else -1
+            for collector in self.watched.get(weight.data_ptr(), ()):
+                take = collector.listening(inputs)
+                answer.register_hook(functools.partial(_shown, take, across))
         return answer
 
 
@@ -177,8 +180,8 @@ def _answered(
     return made.reshape(len(inputs), -1, made.shape[1]).transpose(1, 2).unflatten(2, places)
 
 
-def _shown(collector: GradientCollector, across: int, gradient: Tensor) -> None:
-    collector.see(gradient.movedim(across, -1))
+def _shown(take: Callable[[Tensor], None], across: int, gradient: Tensor) -> None:
+    take(gradient.movedim(across, -1))
 
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, nn.functional.conv2d)

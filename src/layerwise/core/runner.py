@@ -22,14 +22,14 @@ from layerwise.core.carried import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import AttentionCollector, GradientCollector, Watcher
+from layerwise.core.evidence import AttentionCollector, Listener, Watcher
 from layerwise.core.extras import need
 from layerwise.core.learning import BlockAnswer
 from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
 from layerwise.core.rewriting import Rewritten
 from layerwise.core.structure import Structure, block_of, structure
 
-_Collecting = TypeVar("_Collecting", Watcher, GradientCollector)
+_Collecting = TypeVar("_Collecting", Watcher, Listener)
 
 
 class _Stop(Exception):  # noqa: N818
@@ -38,10 +38,30 @@ class _Stop(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a layer's matrix lies in the module tree: a parameter, and a part of it."""
+    """Where a layer's matrix lies in the module tree: a parameter, and a part of it.
+
+    Attributes:
+        parameter: The parameter.
+        expert: Which entry along its first axis; None for all of it.
+        rows: Which rows of that are the layer's, where others lie beside them; None for all.
+    """
 
     parameter: str
     expert: int | None = None
+    rows: slice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Listens to some of the outputs of a product."""
+
+    listener: Listener
+    outputs: slice
+
+    def listening(self, inputs: Callable[[], Tensor]) -> Callable[[Tensor], None]:
+        """What takes in the gradient of all outputs."""
+        take = self.listener.listening(inputs)
+        return lambda gradient: take(gradient[..., self.outputs])
 
 
 class _StandIn(nn.Module):
@@ -267,7 +287,7 @@ class Runner:
         block: str,
         hidden: Activations,
         gradient: Tensor,
-        collectors: Mapping[str, GradientCollector],
+        collectors: Mapping[str, Listener],
     ) -> Tensor:
         """Carry a gradient through a block, from what it answers to what it sees.
 
@@ -281,7 +301,12 @@ class Runner:
             The gradient with respect to `hidden`; zeros where that holds token ids.
         """
         parameters = self._parameters(block)
-        watched = self._watched(parameters, block, collectors)
+        places = {name: self._places[name].rows for name in collectors}
+        listening = {
+            name: collectors[name] if rows is None else _Beside(collectors[name], rows)
+            for name, rows in places.items()
+        }
+        watched = self._watched(parameters, block, listening)
         module, args, kwargs = self._called(block)
         if not hidden.dtype.is_floating_point:  # something must ask for gradients
             for name in collectors:
@@ -302,9 +327,9 @@ class Runner:
         return filled(parts(), len(hidden))
 
     def gradient(
-        self, hidden: Activations, ids: Tensor, loss: Callable[[Tensor], Tensor]
+        self, hidden: Activations, ids: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Gradient of a loss of the logits with respect to what came out of the last block."""
+        """Gradient of a loss of logits and windows, with respect to what the last block gave."""
         outer = {} if self.whole else self._parameters("", skip_blocks=True)
         size = self.answering(ids)
 
@@ -313,7 +338,7 @@ class Runner:
                 leaving = batch.to(self.device, copy=True).requires_grad_()
                 with torch.enable_grad():
                     answer = leaving if self.whole else self._ended(outer, leaving, tokens)
-                    loss(answer).backward()
+                    loss(answer, tokens).backward()
                 assert leaving.grad is not None
                 yield leaving.grad.cpu()
 
@@ -686,12 +711,21 @@ def _stacks(operations: Sequence[Any]) -> bool:
 
 
 def _places(names: _Names, found: Structure) -> dict[str, _Place]:
+    rows = {layer.tensor: layer.rows for layer in found.layers.values()}
     by_tensor: dict[str, _Place] = {}
     for parameter, parts in names.tensors.items():
         experts = names.shapes[parameter][0] if len(parts) > 1 else 1
         each = len(parts) // experts
+        starts: dict[int, int] = {}
         for number, name in enumerate(parts):
-            by_tensor[name] = _Place(parameter, number // each if len(parts) > 1 else None)
+            if len(parts) == 1:
+                by_tensor[name] = _Place(parameter)
+                continue
+            expert = number // each
+            start = starts.get(expert, 0)
+            starts[expert] = start + rows.get(name, 0)
+            beside = slice(start, starts[expert]) if each > 1 else None
+            by_tensor[name] = _Place(parameter, expert, beside)
     return {
         layer.name: (
             _Place(by_tensor[layer.tensor].parameter, layer.expert)

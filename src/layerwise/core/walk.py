@@ -14,10 +14,11 @@ from torch import Tensor
 from layerwise.core import catalogue, memory
 from layerwise.core.apply import Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
-from layerwise.core.carried import Activations, Stored, filled
+from layerwise.core.carried import Activations, Shelf, Stored, filled
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import AttentionCollector, Collector, calibrated_words
+from layerwise.core.evidence import GRAD, AttentionCollector, Collector, calibrated_words
+from layerwise.core.fisher import WeightGradients
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
 from layerwise.core.joint import learned_together
@@ -94,6 +95,7 @@ def walk(
     original = None
     if plan.inputs == "original" or any(layer.joint for layer in plan.layers.values()):
         original = _Original(runner, held, calibration)
+    gradients = held.gradients(runner, calibration if GRAD in words else None)
     finished = [block for block in runner.blocks if _step(block) in staging.steps]
     resumed = staging.states() if finished else None
     states: dict[str, Activations] = {}
@@ -114,7 +116,7 @@ def walk(
             progress.step(block)
             continue
         layers = [one for one in found.layers.values() if runner.whole or one.block == block]
-        work = _Block(runner, found, plan, format, staging, held, block, layers, states)
+        work = _Block(runner, found, plan, format, staging, held, block, layers, states, gradients)
         kept = candidates if plan.inputs == "original" else None
         made = work.done(in_block[block], words, original, kept)
         del work  # before the next block is read
@@ -122,8 +124,7 @@ def walk(
         staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
         memory.settle()
         progress.step(block)
-    if original is not None:
-        original.drop()
+    _drop(original, gradients)
     if "outside" not in staging.steps:
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
@@ -183,6 +184,13 @@ class _Held:
             return self.staging.store(step, name, parts, windows, aside=aside)
         return filled(parts, windows, into if isinstance(into, Tensor) else None)
 
+    def gradients(self, runner: Runner, calibration: Tensor | None) -> WeightGradients | None:
+        """Gradients of weights on some text; None without one."""
+        if calibration is None:
+            return None
+        folder = self.staging.folder / GRAD if self.economy.on_disk else None
+        return WeightGradients(runner, calibration, Shelf(folder))
+
 
 @dataclass
 class _Original:
@@ -235,6 +243,7 @@ class _Block:
     block: str
     layers: Sequence[Layer]
     states: dict[str, Activations]
+    gradients: WeightGradients | None = None
 
     def done(
         self,
@@ -251,7 +260,7 @@ class _Block:
             return self.states.get(CALIBRATION)
 
         by_itself = self.held.economy.input_by_input
-        seen = Seen(self.runner, self.block, self.layers, words, hidden, by_itself)
+        seen = Seen(self.runner, self.block, self.layers, words, hidden, by_itself, self.gradients)
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
         answers: dict[str, Answer] = {}
@@ -400,6 +409,13 @@ class _Block:
             self.staging.write(stored.name, format.encode_rest(info, value))
 
 
+def _drop(*passes: _Original | WeightGradients | None) -> None:
+    """Let go of what lies on disk for nobody but the walk."""
+    for one in passes:
+        if one is not None:
+            one.drop()
+
+
 def _step(block: str) -> str:
     return block or "model"
 
@@ -439,7 +455,7 @@ def gather(
     hidden: Activations | None,
 ) -> Mapping[str, Mapping[str, object]]:
     """What calibration shows of every input in a block, by `Layer.reads`."""
-    if hidden is None or not words:
+    if hidden is None or not words - {GRAD}:
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
@@ -454,6 +470,8 @@ def gather(
 class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
+    Where methods read them, the gradients of its layers' weights are among it, by layer.
+
     Nothing is run before something is asked for.
     """
 
@@ -463,6 +481,7 @@ class Seen:
     words: frozenset[str]
     hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
+    gradients: WeightGradients | None = None
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
 
@@ -473,7 +492,8 @@ class Seen:
             self.all.pop(self.last, None)
         if self.all is None or (self.input_by_input and reads != self.last):
             self.all = None  # before more is gathered
-            self.all = dict(self._gather(group if self.input_by_input else self.layers))
+            alike = [layer for layer in self.layers if layer.reads == reads]
+            self.all = dict(self._gather(alike if self.input_by_input else self.layers))
         self.last = reads
         return self.all.get(reads, {})
 
@@ -482,7 +502,14 @@ class Seen:
         return self.hidden() if callable(self.hidden) else self.hidden
 
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        return gather(self.runner, self.block, layers, self.words, self.carried())
+        made = gather(self.runner, self.block, layers, self.words, self.carried())
+        if self.gradients is None:
+            return made
+        found = self.gradients.of(self.block, layers)
+        return {
+            reads: {**made.get(reads, {}), GRAD: {one.name: found[one.name] for one in group}}
+            for reads, group in by_input(layers).items()
+        }
 
 
 def _transform_group(

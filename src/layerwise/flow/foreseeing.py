@@ -12,21 +12,22 @@ from layerwise.core import catalogue, memory
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import GradientCollector
-from layerwise.core.fisher import drawn
+from layerwise.core.evidence import GRAD, GradientCollector, WeightGradientCollector
+from layerwise.core.fisher import GRADIENT_WINDOWS
 from layerwise.core.forecast import (
     FORESEEING,
     Outlook,
     Passes,
     Passing,
     evidence_of,
+    going_back,
     ground,
     sides_of,
     smaller,
 )
 from layerwise.core.hessian import Change, divergence, shares
 from layerwise.core.plan import LayerPlan, sampling, words_of
-from layerwise.core.sample import Sample, sampled, scaled
+from layerwise.core.sample import Sample, scaled
 from layerwise.core.structure import Layer, by_input
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.survey import Trial
@@ -59,6 +60,11 @@ class Looking:
     layers: int = 0
     together: int = 0
     comparing: float = 0.0
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether a level reads the gradient of a weight."""
+        return GRAD in words_of(plan for plans in self.levels.values() for plan in plans)
 
     @property
     def nothing(self) -> bool:
@@ -98,8 +104,11 @@ class SearchForesight:
         self.graph = self.answering = nothing
         if passes is not None:
             self.passing = Passing(passes)
-            if looking.gradients:
-                self.ending, self.back = self._gradients(passes)
+            if passes.calibration is not None and (looking.gradients or looking.of_weights):
+                collecting = WeightGradientCollector if looking.of_weights else GradientCollector
+                self.ending, self.back = going_back(
+                    passes, self.passing.block, prepared.found, collecting
+                )
             if looking.graphs:
                 self.graph, self.answering = self._graph(passes)
             if looking.apart or looking.together:
@@ -144,26 +153,6 @@ class SearchForesight:
             share = every / sum(map(len, levels))
             self._trials[key] = Sample(sample.bytes, sample.seconds * share, sample.held)
         return self._trials[key]
-
-    def _gradients(self, passes: Passes) -> tuple[Sample, Sample]:
-        """One window's gradient of the answer, and its way back through the largest block."""
-        assert passes.calibration is not None
-        runner, block = passes.runner.blank(), self.passing.block
-        first = passes.calibration[:1]
-        hidden = runner.start(first)
-        after = runner.forward(block, hidden, {})
-        layers = self.prepared.found.layers.values()
-        inside = [one for one in layers if runner.whole or one.block == block]
-        generator = torch.Generator().manual_seed(0)
-
-        def back() -> None:
-            collectors = {layer.name: GradientCollector(layer) for layer in inside}
-            runner.backward(block, hidden, torch.zeros_like(after), collectors)
-
-        ending = sampled(
-            lambda: runner.gradient(after, first, lambda logits: drawn(logits, generator).sum())
-        )
-        return ending, sampled(back)
 
     def _graph(self, passes: Passes) -> tuple[Sample, Sample]:
         """Second derivatives of one window: through the largest block, and of its answer."""
@@ -223,7 +212,7 @@ class _Trying:
         self.options = sampling(tried, options)
         self.candidates = Candidates(cache, str(side))
         words = words_of(tried) | {"gram"}
-        self.evidence = evidence_of(words, self.layers[0].width)
+        self.evidence = evidence_of(words, self.layers)
 
     def __call__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -288,7 +277,9 @@ class _Running:
         if self.passes.calibration is not None and (looking.levels or looking.measures):
             made |= self._survey(self.passes.calibration)
         if self.passes.calibration is not None and looking.gradients:
-            made |= self._gradients(self.passes.calibration[: looking.gradients])
+            ids = self.passes.calibration[: looking.gradients]
+            for stage, held in self._gradients(ids).items():
+                made[stage] = max(made.get(stage, 0), held)
         if looking.graphs:
             made["deriving the whole model twice"] = self._graph()
         if self.passes.calibration is not None and looking.apart:
@@ -303,9 +294,11 @@ class _Running:
 
     def _survey(self, ids: torch.Tensor) -> dict[str, int]:
         looking, runner = self.seen.looking, self.passes.runner
+        back = ids[: GRADIENT_WINDOWS if looking.of_weights else 0]
         of_blocks = any(method.unit == "block" for method in looking.measures)
         carried = self._carried(len(ids))
-        running = carried + self._block + self._through(ids)
+        kept = self._carried(2 * len(runner.blocks) * len(back))
+        running = carried + kept + self._block + self._through(ids)
         embedding = self._at_once(ids) * self.seen.passing.embedding.bytes
         made = {
             "running the embeddings": carried + self._outer + embedding,
@@ -317,7 +310,7 @@ class _Running:
         gathered = trying = 0
         for block in runner.blocks:
             groups = [
-                (_FLOAT * group[0].width ** 2, work)
+                (_FLOAT * self._evidence(group), work)
                 for group, work in self.seen.groups
                 if runner.whole or group[0].block == block
             ]
@@ -329,18 +322,31 @@ class _Running:
                 trying = max(trying, left + work.bytes)
         if gathered:
             made["gathering evidence in a block"] = running + gathered
-            made["trying levels of a layer"] = carried + trying
+            made["trying levels of a layer"] = carried + kept + trying
+        if len(back):
+            for stage, held in self._gradients(back).items():
+                made[stage] = carried + held
+            # They go back through a block once more, to its weights.
+            made["carrying gradients back"] += gathered
         return made
+
+    def _evidence(self, group: Sequence[Layer]) -> int:
+        """Entries of a gram matrix of what layers read, and of the gradients of their weights."""
+        gradients = sum(layer.count for layer in group) if self.seen.looking.of_weights else 0
+        return group[0].width ** 2 + gradients
 
     def _gradients(self, ids: torch.Tensor) -> dict[str, int]:
         runner, count = self.passes.runner, len(ids)
         seen = self._carried(count * (1 + len(runner.blocks)))
+        # To go back to weights later, what each block sees is kept, and what comes back to it.
+        later = self.seen.looking.of_weights
+        kept = self._carried(count * 2 * len(runner.blocks)) if later else seen
         gradient = count * self._window
         back = self._at_once(ids) * self.seen.back.bytes
         ending = self._answered(ids) * self.seen.ending.bytes
         return {
             "the gradient of the answer": seen + self._outer + gradient + ending,
-            "carrying gradients back": seen + self._block + 2 * gradient + back,
+            "carrying gradients back": kept + self._block + 2 * gradient + back,
         }
 
     @property
@@ -380,8 +386,11 @@ class _Running:
         if self.economy.input_by_input and looking.levels:
             inputs = len({group[0].reads for group, _ in self.seen.groups})
             passes += calibration * (inputs // len(runner.blocks) - 1)
-        passes += looking.gradients + 2 * looking.together
-        seconds = passes * through + looking.gradients * (
+        back = looking.gradients
+        if looking.of_weights:
+            back += 2 * min(calibration, GRADIENT_WINDOWS)
+        passes += back + 2 * looking.together
+        seconds = passes * through + back * (
             self.seen.ending.seconds + self.seen.back.seconds * share
         )
         twice = self.seen.graph.seconds * share + self.seen.answering.seconds

@@ -121,7 +121,7 @@ def prepare(
     """
     memory.settle()
     device = _device(device)
-    needy = [*(method.id for method in methods if method.needs == "calibration"), *needing]
+    needy = [*(method.id for method in methods if method.calibrated), *needing]
     text = texts.calibration
     if text is None and source.label == builtin.NAME:
         text = "builtin"
@@ -133,6 +133,7 @@ def prepare(
         )
     if text is not None:
         needy += learning
+    _check_loss(source, methods)
     if isinstance(source, ModuleSource):
         if format is not None and format.directory and proof != "none":
             raise UserError(
@@ -156,6 +157,23 @@ def prepare(
     heldout = _heldout(source, text, texts, calibration) if proving else None
     floor = texts.noise_floor and heldout is not None and not runner.whole
     return Prepared(source, found, runner, calibration, heldout, floor)
+
+
+def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
+    """Refuse gradients of a loss for a model that answers with features."""
+    needy = [method.id for method in methods if method.needs == "gradients"]
+    architecture = (source.config.get("architectures") or [""])[0]
+    if needy and architecture and not _has_head(architecture):
+        raise UserError(
+            f"{needy[0]} reads gradients of a loss, and {source.label} is a {architecture}, which "
+            "answers with no distribution that has one.",
+            "Give the model with its head, or a method that needs no gradients "
+            "(`layerwise methods --needs calibration`).",
+        )
+
+
+def _has_head(architecture: str) -> bool:
+    return "For" in architecture or architecture.endswith(LANGUAGE_MODELS)
 
 
 def _device(name: str) -> str:

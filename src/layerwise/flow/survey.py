@@ -14,7 +14,8 @@ from layerwise.core.carried import Activations, shelf
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import calibrated_words
+from layerwise.core.evidence import GRAD, calibrated_words, of_layer
+from layerwise.core.fisher import WeightGradients
 from layerwise.core.joint import learned_together
 from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
@@ -102,11 +103,14 @@ def survey(
         if runner and calibration is not None:
             runner = runner.running(economy.tokens)
             hidden = kept.keep("start", runner.starting(calibration), len(calibration))
+        gradients = None
+        if runner and calibration is not None and GRAD in words:
+            gradients = WeightGradients(runner, calibration, kept)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
             if runner and hidden is not None:
-                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input)
+                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input, gradients)
             # What it sees is let go of by itself, input by input.
             coded = {} if seen is None else look.learned(layers, replace(seen))
             for group in by_input(layers).values():
@@ -128,14 +132,14 @@ def survey(
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
-    needy = [m.id for m in methods if m.needs == "calibration"]
+    needy = [m.id for m in methods if m.calibrated]
     if needy and prepared.calibration is None:
         raise UserError(
             f"{needy[0]} reads what only a calibration text can show.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
     measures = (m for m in methods if m.verb == "measure")
-    running = [m.id for m in measures if m.unit == "block" and m.needs == "calibration"]
+    running = [m.id for m in measures if m.unit == "block" and m.calibrated]
     if running and prepared.runner and prepared.runner.whole:
         raise UserError(
             f"{running[0]} compares what goes into a block with what comes out, and "
@@ -305,11 +309,12 @@ class Trial:
             first = [levels[layer.name][0] for layer in self.group]
             made = self._transformed(range(len(first)), first)
         for number, (layer, weight) in enumerate(zip(self.group, self.weights, strict=True)):
+            own = dict(of_layer(given, layer.name))
             if "weight" in method.evidence:
-                given["weight"] = weight
+                own["weight"] = weight
             if "approximation" in method.evidence:
-                given["approximation"] = made[number].weight
-            scores[layer.name] = float(method.run(**given))
+                own["approximation"] = made[number].weight
+            scores[layer.name] = float(method.run(**own))
         return scores
 
 
