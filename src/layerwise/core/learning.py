@@ -99,6 +99,8 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, _falling(schedule))
     learned = [tensor for tensors in rated.values() for tensor in tensors]
     best = _judged(layers, problem)
+    if not best:
+        return  # nothing is lost, and a share of nothing has no gradient
     kept = [tensor.detach().clone() for tensor in learned]
     every = max(1, schedule.steps // _LOOKS)
     for step in range(schedule.steps):
