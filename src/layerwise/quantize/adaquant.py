@@ -115,8 +115,9 @@ def adaquant(
     seen on the way is kept.
 
     The widths of layers that the paper then finds by an integer program are what `--budget` with
-    `--sensitivity kl` finds: allocate/knapsack is exact for the same sum.  Its re-estimated batch
-    norms and its tuned biases are `--tune norms,bias`, for this method and every other.
+    `--sensitivity kl` finds: allocate/knapsack is exact for the same sum (tests/allocate compares it
+    with every plan there is).  Its re-estimated batch norms and its tuned biases are
+    `--tune norms,bias`, for this method and every other.
 
     Unlike the paper, the error is over all tokens at every step, known from G, and the layer's
     inputs are what it sees behind earlier blocks that are quantized: its sequential variant, with
