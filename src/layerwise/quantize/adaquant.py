@@ -115,8 +115,8 @@ def adaquant(
     seen on the way is kept.
 
     The widths of layers that the paper then finds by an integer program are what `--budget` with
-    `--sensitivity kl` finds: allocate/knapsack is exact for the same sum (tests/allocate compares it
-    with every plan there is).  Its re-estimated batch norms and its tuned biases are
+    `--sensitivity kl` finds: allocate/knapsack is exact for the same sum (tests/allocate holds it
+    against every plan there is).  Its re-estimated batch norms and its tuned biases are
     `--tune norms,bias`, for this method and every other.
 
     Unlike the paper, the error is over all tokens at every step, known from G, and the layer's
