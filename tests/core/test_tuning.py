@@ -5,6 +5,7 @@ import json
 
 import models
 import pytest
+import resnet
 import small_cnn
 import torch
 from safetensors.torch import load_file
@@ -54,6 +55,15 @@ def test_tuning_brings_a_net_of_few_bits_back(tmp_path):
     for tune, net in nets.items():
         assert made.accuracy(net) >= made.accuracy(plain) + 0.05, tune
         assert made.divergence(net) <= 0.6 * made.divergence(plain), tune
+
+
+def test_norms_bring_a_trained_resnet_back(tmp_path):
+    made = resnet.pictures()
+    plain, tuned = (
+        made.accuracy(made.compressed(tmp_path / "-".join(["out", *tune]), bits=3, tune=tune))
+        for tune in ((), ("norms",))
+    )
+    assert tuned >= plain + 0.04
 
 
 def test_the_last_layer_keeps_its_bias(tmp_path):

@@ -1,6 +1,7 @@
 """AdaQuant against its definition, on awkward layers and on a small convolutional net."""
 
 import pytest
+import resnet
 import small_cnn
 import torch
 import trained
@@ -104,6 +105,15 @@ def test_a_small_convolutional_net_at_two_bits(tmp_path):
     learned, _ = small_cnn.compressed(made, tmp_path / "adaquant", bits=2, method="adaquant")
     assert made.divergence(learned) <= 0.6 * made.divergence(nearest)
     assert made.accuracy(learned) >= made.accuracy(nearest) + 0.05
+
+
+def test_a_trained_resnet_at_three_bits(tmp_path):
+    made = resnet.pictures()
+    nearest, learned = (
+        made.accuracy(made.compressed(tmp_path / method, bits=3, method=method))
+        for method in ("rtn", "adaquant")
+    )
+    assert learned >= nearest + 0.05
 
 
 def test_many_bits_leave_the_net_as_it_was(tmp_path):
