@@ -308,6 +308,13 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     _grid(how)
     _method(how)
     _levels(how)
+    how.add_argument(
+        "--tune",
+        default="",
+        metavar="WHAT",
+        help="tune once layers are done, on the calibration text: norms (statistics of batch "
+        "norms), bias, or norms,bias (nothing)",
+    )
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)
         for flag, options in flags:
@@ -445,7 +452,7 @@ WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
-    "--rotate", "--rotate-seed", "--scale-keys",
+    "--rotate", "--rotate-seed", "--scale-keys", "--tune",
 )  # fmt: skip
 
 

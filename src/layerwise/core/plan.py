@@ -1,7 +1,7 @@
 """The plan: what happens to every layer, and why.  A YAML file a person can read and edit."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +19,8 @@ from layerwise.core.written import check_types, described, fits, read_yaml
 
 # What calibration shows methods.
 Inputs = Literal["transformed", "original"]
+# What is tuned once layers are transformed: see core/tuning.py.
+Tune = Literal["norms", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Plan:
             transformed, or in the original model.
         server: What is to load the output, whose rules the plan must keep; "" for any.
         rewriting: What the model becomes before all else, while it stays the same function.
+        tune: What is tuned once layers are transformed: statistics of batch norms, biases.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -132,11 +135,12 @@ class Plan:
     inputs: Inputs = "transformed"
     server: str = ""
     rewriting: Rewriting = field(default_factory=Rewriting)
+    tune: Sequence[Tune] = ()
 
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return needing(layer.activation for layer in self.layers.values())
+        return [*needing(layer.activation for layer in self.layers.values()), *tuning(self.tune)]
 
     def words(self) -> frozenset[str]:
         """The evidence that calibration must gather for it."""
@@ -146,6 +150,11 @@ class Plan:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
         return [catalogue.get(id) for id in sorted(ids)]
+
+
+def tuning(asked: Sequence[Tune]) -> list[str]:
+    """What is asked for, in words, that reads a calibration text."""
+    return [f"tuning ({', '.join(asked)})"] if asked else []
 
 
 def sampling(
@@ -172,7 +181,7 @@ _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
-    head: dict[str, str | int] = {"model": model, "format": plan.format}
+    head: dict[str, str | int | list[Tune]] = {"model": model, "format": plan.format}
     if plan.server:
         head["server"] = plan.server
     if plan.budget:
@@ -182,6 +191,8 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
         head |= {"rotate": plan.rewriting.rotate, "rotate_seed": plan.rewriting.seed}
     if plan.rewriting.scale_keys:
         head["scale_keys"] = True
+    if plan.tune:
+        head["tune"] = list(plan.tune)
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -210,7 +221,7 @@ def read_plan(file: Path, found: Structure) -> Plan:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
     known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
-    known |= _REWRITING.keys()
+    known |= _REWRITING.keys() | {"tune"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -234,7 +245,9 @@ def read_plan(file: Path, found: Structure) -> Plan:
     check_types(str(file), rewriting, _REWRITING)
     rotation = {"seed": rewriting.pop("rotate_seed")} if "rotate_seed" in rewriting else {}
     first = Rewriting(**rewriting, **rotation)
-    return Plan(layers, format, options, budget, inputs, server, first)
+    tune = content.get("tune") or ()
+    check_types(str(file), {"tune": tune}, {"tune": Sequence[Tune]})
+    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune))
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:

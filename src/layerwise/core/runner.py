@@ -155,6 +155,16 @@ class Runner:
         other.original = other if before is self else before._other(tokens=tokens, empty=empty)
         return other
 
+    def modules(self, block: str) -> dict[str, nn.Module]:
+        """The modules of a block that hold whole tensors of the source, by their names there."""
+        path = self._module_path(block)
+        inside = f"{path}." if path else ""
+        return {
+            parts[0].rpartition(".")[0]: self.model.get_submodule(parameter.rpartition(".")[0])
+            for parameter, parts in self._names.tensors.items()
+            if len(parts) == 1 and parameter.startswith(inside)
+        }
+
     def block_bytes(self, block: str) -> int:
         """What the parameters of a block take in float32."""
         path = f"{self._module_path(block)}." if block else ""

@@ -6,7 +6,7 @@ in bfloat16, which are the proof.  They are all that a stopped run needs to go o
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging
 from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
+from layerwise.core.tuning import Tuned, bias_of, input_means, learned_biases, norm_statistics
 
 CALIBRATION, HELDOUT, HELDOUT_BEFORE = "calibration", "heldout", "heldout_before"
 HELDOUT_FLOOR = "heldout_floor"
@@ -48,12 +49,14 @@ class Walked:
         heldout: Activations of the held-out text after the last transformed block.
         heldout_before: The same through the original blocks.
         heldout_floor: The same through the original blocks in bfloat16; None if not asked for.
+        tuned: What was tuned, block by block.
     """
 
     rows: list[LayerRow]
     heldout: Activations
     heldout_before: Activations
     heldout_floor: Activations | None
+    tuned: list[Tuned]
 
 
 def walk(
@@ -108,20 +111,23 @@ def walk(
         walking = None if plan.inputs == "original" else calibration
         states |= _started(runner, format, held, heldout, walking, noise_floor=noise_floor)
     rows: list[LayerRow] = []
+    tuned: list[Tuned] = []
     for block in runner.blocks:
         if block in finished:
-            rows += [
-                LayerRow.from_json(row) for row in staging.steps[_step(block)]["facts"]["rows"]
-            ]
+            facts = staging.steps[_step(block)]["facts"]
+            rows += [LayerRow.from_json(row) for row in facts["rows"]]
+            tuned.append(Tuned.from_json(facts["tuned"]))
             progress.step(block)
             continue
         layers = [one for one in found.layers.values() if runner.whole or one.block == block]
         work = _Block(runner, found, plan, format, staging, held, block, layers, states, gradients)
         kept = candidates if plan.inputs == "original" else None
         made = work.done(in_block[block], words, original, kept)
+        tuned.append(work.tuned)
+        facts = {"rows": [row.as_json() for row in made], "tuned": work.tuned.as_json()}
         del work  # before the next block is read
         rows += made
-        staging.finish_step(_step(block), {"rows": [row.as_json() for row in made]}, states)
+        staging.finish_step(_step(block), facts, states)
         memory.settle()
         progress.step(block)
     _drop(original, gradients)
@@ -129,7 +135,8 @@ def walk(
         for name in outside:
             copy_tensor(source, source.tensors[name], format, staging)
         staging.finish_step("outside", {})
-    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], states.get(HELDOUT_FLOOR))
+    floor = states.get(HELDOUT_FLOOR)
+    return Walked(rows, states[HELDOUT], states[HELDOUT_BEFORE], floor, tuned)
 
 
 def _started(
@@ -244,6 +251,7 @@ class _Block:
     layers: Sequence[Layer]
     states: dict[str, Activations]
     gradients: WeightGradients | None = None
+    tuned: Tuned = field(default_factory=Tuned)
 
     def done(
         self,
@@ -264,10 +272,19 @@ class _Block:
         self._carry([name for name in self.states if name in _ORIGINAL], {})
         changed: dict[str, Tensor] = {}
         answers: dict[str, Answer] = {}
-        rows = self._transform(seen, original, candidates, changed, answers)
+        carried = hidden() if self.plan.tune else None
+        means: Mapping[str, Tensor] = {}
+        if carried is not None and "bias" in self.plan.tune and not self.runner.whole:
+            means = input_means(self.runner, self.block, self.layers, carried)
+        rows, rest = self._transform(seen, original, candidates, changed, answers, means)
         source = self.runner.source
+        outside = _restored_rest(source, self.format, [n for n in names if n not in changed])
+        if carried is not None:
+            self._tune(carried, {**outside, **changed}, rest, answers)
+        for name, value in rest.items():
+            self._write_rest(name, value, changed)
         untouched = [name for name in names if name not in changed]
-        changed |= _restored_rest(source, self.format, untouched)
+        changed |= {name: outside[name] for name in untouched if name in outside}
         self._carry([name for name in self.states if name not in _ORIGINAL], changed, answers)
         for name in untouched:
             copy_tensor(source, source.tensors[name], self.format, self.staging)
@@ -293,12 +310,13 @@ class _Block:
         candidates: Candidates | None,
         changed: dict[str, Tensor],
         answers: dict[str, Answer],
-    ) -> list[LayerRow]:
-        """Transform every layer and write it.
+        means: Mapping[str, Tensor],
+    ) -> tuple[list[LayerRow], dict[str, Tensor]]:
+        """Transform every layer and write it, and give what other tensors are to become.
 
-        What a loader of the output will make of the layers, and of the other tensors that scales
-        were folded into, is put into `changed`; what layers answer whose inputs are rounded, into
-        `answers`.
+        What a loader of the output will make of the layers is put into `changed`; what layers
+        answer whose inputs are rounded, into `answers`.  `means` are of inputs whose layers are to
+        keep the mean of their answer.
         """
         source = self.runner.source
         rows: list[LayerRow] = []
@@ -311,6 +329,8 @@ class _Block:
             else:
                 done = _transform_group(source, self.plan, group, folded, seen, candidates)
             scale = done[0].input_scale
+            for result in done:
+                folded |= self._corrected(result, folded, means)
             while done:
                 rows.append(self._finish_layer(done.pop(0), changed, answers))
             if scale is not None:
@@ -323,10 +343,44 @@ class _Block:
                 }
                 offset = self.found.family.norm_offset
                 folded |= fold(feeder, tensors, scale, norm_offset=offset)
-        for name, value in folded.items():
-            if name.endswith(".bias") or _layer_of(name) not in by_name:
-                self._write_rest(name, value, changed)
-        return rows
+        rest = {
+            name: value
+            for name, value in folded.items()
+            if name.endswith(".bias") or _layer_of(name) not in by_name
+        }
+        return rows, rest
+
+    def _corrected(
+        self, result: Transformed, folded: Mapping[str, Tensor], means: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A layer's bias with what the layer lost of its mean answer."""
+        layer, source = result.layer, self.runner.source
+        name, mean = bias_of(self.runner, layer), means.get(layer.reads)
+        if not name or mean is None or not result.plan.steps:
+            return {}
+        bias = folded[name] if name in folded else source.read(name).float()
+        self.tuned = replace(self.tuned, biases=self.tuned.biases + 1)
+        return {name: bias + (_weight(source, layer, folded) - result.weight) @ mean}
+
+    def _tune(
+        self,
+        hidden: Activations,
+        changed: dict[str, Tensor],
+        rest: dict[str, Tensor],
+        answers: Mapping[str, Answer],
+    ) -> None:
+        """Put what is tuned into `rest`; `changed` is all that the block has become so far."""
+        changed |= rest
+        if "norms" in self.plan.tune:
+            found = norm_statistics(self.runner, self.block, hidden, changed, answers)
+            rest |= found
+            changed |= found
+            self.tuned = replace(self.tuned, norms=len(found) // 2)
+        if "bias" in self.plan.tune and self.runner.whole:
+            targets = self.runner.original.forward(self.block, hidden[:], {})
+            biases, kl = learned_biases(self.runner, hidden[:], targets, changed)
+            rest |= biases
+            self.tuned = replace(self.tuned, biases=len(biases), kl=kl)
 
     def _learned(
         self,

@@ -30,6 +30,7 @@ from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
 from layerwise.core.structure import structure
 from layerwise.core.text import Windows
+from layerwise.core.tuning import told
 from layerwise.core.walk import Walked, restored_outside, walk
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
@@ -157,7 +158,7 @@ def compress(
     with staging:
         if prepared.runner is not None:
             prepared = replace(prepared, runner=prepared.runner.running(economy.tokens))
-        rows, compared, answered = _transform(
+        rows, compared, answered, tuned = _transform(
             prepared, ready, format, staging, candidates, progress, economy
         )
         prediction = None
@@ -191,7 +192,13 @@ def compress(
             peak_bytes=memory.peak_bytes(),
             forecast=foreseen.as_json(),
             noise_floor=compared[1] if len(compared) > 1 else None,
-            notes=[*planned.notes, *_notes(prepared, ready), *economy.notes(), *cache.notes],
+            notes=[
+                *planned.notes,
+                *tuned,
+                *_notes(prepared, ready),
+                *economy.notes(),
+                *cache.notes,
+            ],
             prediction=prediction,
             environment=environment(str(prepared.runner.device) if prepared.runner else "cpu"),
             recipe=recipe or {"compress": _asked(source, out, wish, texts, plan)},
@@ -236,15 +243,16 @@ def _transform(
     candidates: Candidates,
     progress: Progress,
     economy: Economy,
-) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None]:
+) -> tuple[list[LayerRow], Sequence[Comparison], Tensor | None, list[str]]:
     """Write the tensors; if the model was run, compare it, and give the logits of the proof.
 
-    The first comparison is of the result, the second of the original in bfloat16.
+    The first comparison is of the result, the second of the original in bfloat16.  Last comes what
+    was tuned, in words.
     """
     runner, heldout = prepared.runner, prepared.heldout
     if runner is None or (heldout is None and prepared.calibration is None):
         rows = stream(prepared.source, prepared.found, plan, format, staging, progress, economy)
-        return rows, (), None
+        return rows, (), None, []
     calibration = prepared.calibration
     ids = heldout.ids if heldout else None
     carried = ids if ids is not None else (calibration.ids[:1] if calibration else torch.zeros(0))
@@ -261,16 +269,17 @@ def _transform(
         candidates=candidates,
         economy=economy,
     )
+    tuned = told(walked.tuned)
     if heldout is None:
-        return walked.rows, (), None
+        return walked.rows, (), None, tuned
     around = restored_outside(runner, format)
     shown = heldout.ids[:PROOF_WINDOWS]
     # A generator that is kept keeps the logits it gave last.
     first = filled(runner.logits(walked.heldout[:PROOF_WINDOWS], shown, around), len(shown))
     # Only a text is compared here: what else a model answers is proven, and no more.
     if runner.whole or first.dim() != 3:
-        return walked.rows, (), first
-    return walked.rows, _compare(runner, walked, heldout, around), first
+        return walked.rows, (), first, tuned
+    return walked.rows, _compare(runner, walked, heldout, around), first, tuned
 
 
 def _compare(

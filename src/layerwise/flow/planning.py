@@ -100,7 +100,7 @@ def make_plan(
         layers = everywhere(even, found, prepared.source, wish.options)
         inputs = wish.inputs or "transformed"
         plan = Plan(layers, wish.format, wish.options, inputs=inputs, server=wish.server)
-        return Planned(replace(plan, rewriting=wish.rewriting))
+        return Planned(replace(plan, rewriting=wish.rewriting, tune=wish.tune))
     if wish.shares_bytes:
         market = markets.of_bytes(wish, prepared)
     else:
@@ -285,7 +285,7 @@ class _Sale:
         budget = wish.budget or (f"KL at most {wish.max_kl:g}" if wish.max_kl else "")
         inputs = wish.inputs or "original"
         plan = Plan(ordered, wish.format, wish.options, budget, inputs, wish.server)
-        return replace(plan, rewriting=wish.rewriting)
+        return replace(plan, rewriting=wish.rewriting, tune=wish.tune)
 
     def planned(self, bought: Sequence[int]) -> Planned:
         """The plan, with what it was chosen from."""

@@ -22,6 +22,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text, Windows, windows
+from layerwise.core.tuning import check_tuning
 from layerwise.export.servers import check_server
 from layerwise.flow.loading import need_packages
 
@@ -260,6 +261,8 @@ def check(prepared: Prepared, plan: Plan) -> Arrangement:
     format = export.get(plan.format, prepared.source, plan.options)
     format.check(plan, prepared.found)
     _check_rounding(plan, format)
+    if plan.tune and prepared.runner is not None:
+        check_tuning(prepared.runner, plan, prepared.found)
     tensors = _output_tensors(prepared.source, prepared.found, plan, format)
     return format.arrange(tensors)
 

@@ -11,7 +11,7 @@ from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
-from layerwise.core.plan import Inputs, LayerPlan
+from layerwise.core.plan import Inputs, LayerPlan, Tune, tuning
 from layerwise.core.rewriting import Rewriting, Rotate
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
@@ -65,6 +65,8 @@ class Wish:
         rotate_seed: What is random in that matrix.
         scale_keys: Even out the pairs of keys that rotary embeddings turn first, for a cache of
             rounded keys; the model stays the same function.
+        tune: What is tuned once layers are transformed: "norms" estimates the statistics of batch
+            norms again, "bias" moves biases.
     """
 
     bits: int | None = None
@@ -91,6 +93,7 @@ class Wish:
     rotate: Rotate = "none"
     rotate_seed: int = 0
     scale_keys: bool = False
+    tune: Sequence[Tune] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -166,7 +169,7 @@ class Wish:
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return needing([self.activation])
+        return [*needing([self.activation]), *tuning(self.tune)]
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""

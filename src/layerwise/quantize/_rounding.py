@@ -33,6 +33,24 @@ def stored(scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
     return storable(scale.detach()) + (scale - scale.detach())
 
 
+def spanned(
+    low: Float[Tensor, "out groups"],
+    high: Float[Tensor, "out groups"],
+    bits: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """The grid of `fit` between ends that are learned; `low` <= 0 <= `high`."""
+    top = 2**bits - 1
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    wide = high / top - low / top
+    scale = stored(wide)
+    if symmetric:
+        return scale, torch.full_like(low, 2 ** (bits - 1))
+    return scale, rounded(-low / scale)
+
+
 class Rounded(Learned):
     """A layer on even grids whose rounding is learned.
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned, Schedule, learned_alone, rounded
 from layerwise.core.results import SCALE_DTYPE, Coded, Layout, Quantized, integer_product
 from layerwise.core.rotation import closest_pair, random_orthogonal
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, pack, storable
+from layerwise.quantize._rounding import check_schedule, spanned
 
 _TOP = 7  # the largest code of an input, which has 4 bits
 _ALPHA = 0.3  # the part of inputs in what the diagonal starts from
@@ -195,11 +195,7 @@ class FlatQuant(Learned):
         batch: int = 8,
         seed: int = 0,
     ) -> None:
-        if steps < 0 or batch < 1:
-            raise UserError(
-                f"steps is {steps}, batch is {batch}.",
-                "Give 0 or more steps, a batch of 1 or more.",
-            )
+        check_schedule(steps, batch)
         check_grid(weight, bits, group)
         self.original = weight.float()
         self.bits, self.group, self.symmetric = bits, group, symmetric
@@ -279,16 +275,9 @@ class FlatQuant(Learned):
         kept = torch.ones(2) if self.bits >= _FINE_BITS else self.clip.sigmoid()
         low = grouped.amin(dim=-1).clamp(max=0) * kept[0]
         high = grouped.amax(dim=-1).clamp(min=0) * kept[1]
-        if self.symmetric:
-            high = torch.maximum(-low, high)
-            low = -high
-        top = 2**self.bits - 1
-        wide = high / top - low / top
-        scale = storable(wide.detach()) + (wide - wide.detach())
-        middle = torch.full_like(low, 2 ** (self.bits - 1))
-        zero = middle if self.symmetric else rounded(-low / scale)
+        scale, zero = spanned(low, high, self.bits, self.symmetric)
         codes = rounded(grouped / scale[..., None]) + zero[..., None]
-        return codes.clamp(0, top), scale, zero
+        return codes.clamp(0, 2**self.bits - 1), scale, zero
 
 
 @quantizer(

@@ -5,12 +5,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.learning import learned_alone, rounded
+from layerwise.core.learning import learned_alone
 from layerwise.core.results import Coded
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, storable
-from layerwise.quantize._rounding import Shifted
+from layerwise.quantize._grid import by_group, check_grid
+from layerwise.quantize._rounding import Shifted, spanned
 
 
 class SignRound(Shifted):
@@ -44,16 +44,8 @@ class SignRound(Shifted):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """The grid over the shares of the range on both sides of 0.0."""
-        top = 2**self.bits - 1
         low, high = self.low * self.shares[0], self.high * self.shares[1]
-        if self.symmetric:
-            high = torch.maximum(-low, high)
-            low = -high
-        wide = high / top - low / top
-        scale = storable(wide.detach()) + (wide - wide.detach())
-        if self.symmetric:
-            return scale, torch.full_like(low, 2 ** (self.bits - 1))
-        return scale, rounded(-low / scale)
+        return spanned(low, high, self.bits, self.symmetric)
 
 
 @quantizer(
