@@ -27,7 +27,7 @@ from layerwise.core.forecast import (
 )
 from layerwise.core.hessian import Change, divergence, shares
 from layerwise.core.plan import LayerPlan, sampling, words_of
-from layerwise.core.sample import Sample, scaled
+from layerwise.core.sample import Sample, sampled, scaled
 from layerwise.core.structure import Layer, by_input
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.survey import Trial

@@ -11,9 +11,6 @@ from layerwise.core.learning import Learned, Schedule, rounded
 from layerwise.core.results import Quantized
 from layerwise.quantize._grid import pack, storable
 
-# What is left of a range, at the least.
-LEAST_SHARE = 0.5
-
 
 def check_schedule(steps: int, batch: int) -> None:
     """Refuse options by which nothing could be learned.
@@ -109,60 +106,3 @@ class Rounded(Learned):
         scale, zero = self.grid()
         codes = (rounded(self.steps(scale)) + zero[..., None]).clamp(0, 2**self.bits - 1)
         return codes, scale, zero
-
-
-class Shifted(Rounded):
-    """A layer whose shifts and shares are moved against the sign of their gradient.
-
-    Args:
-        grouped: Weights by group, filled up with zeros.
-        width: Inputs of the layer.
-        shares: One of each grid's range for each of its ends that is learned, all 1 at first.
-        bits: Width of a code.
-        group: Inputs that share a grid.
-        symmetric: No zero points are stored.
-        steps: Updates.
-        batch: Windows that each update sees.
-
-    Raises:
-        UserError: An option is out of range.
-    """
-
-    def __init__(
-        self,
-        grouped: Float[Tensor, "out groups _"],
-        width: int,
-        shares: Float[Tensor, "*ends out groups"],
-        *,
-        bits: int,
-        group: int,
-        symmetric: bool,
-        steps: int,
-        batch: int,
-    ) -> None:
-        check_schedule(steps, batch)
-        super().__init__(
-            grouped,
-            width,
-            bits=bits,
-            group=group,
-            symmetric=symmetric,
-            schedule=Schedule(steps, batch, "sign", "linear"),
-        )
-        self.rate = 1 / max(steps, 1)
-        self.shift = torch.zeros_like(grouped).requires_grad_()
-        self.shares = shares.requires_grad_()
-
-    def parameters(self) -> dict[float, list[Tensor]]:
-        """The shift of each weight before it is rounded, and the share of each range."""
-        return {self.rate: [self.shift, self.shares]}
-
-    def settle(self) -> None:
-        """Shifts stay within half a step, shares within LEAST_SHARE and 1."""
-        with torch.no_grad():
-            self.shift.clamp_(-0.5, 0.5)
-            self.shares.clamp_(LEAST_SHARE, 1.0)
-
-    def steps(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups _"]:
-        """Each weight in steps of its grid, and its shift."""
-        return self.grouped / scale[..., None] + self.shift

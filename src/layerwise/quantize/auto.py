@@ -10,12 +10,12 @@ from torch import Tensor
 
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.learning import OutputError, learned_alone
+from layerwise.core.learning import OutputError, Schedule, learned_alone
 from layerwise.core.results import Coded, Quantized
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, storable
-from layerwise.quantize._rounding import Shifted
+from layerwise.quantize._grid import by_group, check_grid
+from layerwise.quantize._rounding import Rounded, check_schedule, stored
 
 # From here on so little is lost that nothing is worth learning.
 _FINE_BITS = 8
@@ -24,9 +24,14 @@ _UNEVEN = 10.0
 # A weight that the short list rounded to another point than the nearest keeps this far from where
 # it would go back: less than half a step, so that it starts where it was left.
 _INSIDE = 0.49
+# How far an update moves a weight at first, in steps of its grid; a step itself is moved so far
+# that the outermost points go half as far.
+_RATE = 0.02
+# What a grid's step may become, as a share of what it was.
+_SHARES = 0.5, 1.5
 
 
-class Auto(Shifted):
+class Auto(Rounded):
     """A layer that starts from its best candidate; the arguments are those of `auto`."""
 
     def __init__(
@@ -40,26 +45,38 @@ class Auto(Shifted):
         steps: int = 100,
         batch: int = 4,
     ) -> None:
+        check_schedule(steps, batch)
         self.start, self.note = _best(weight, gram, bits, group, symmetric)
         self.scale, self.zero = self.start.scale.float(), self.start.zero.float()
         codes = by_group(self.start.codes.float(), group) - self.zero[..., None]
         exact = by_group(weight, group) / self.scale[..., None]
-        placed = codes + (exact - codes).clamp(-_INSIDE, _INSIDE)
         super().__init__(
-            placed * self.scale[..., None],
+            (codes + (exact - codes).clamp(-_INSIDE, _INSIDE)) * self.scale[..., None],
             weight.shape[1],
-            torch.ones_like(self.scale),
             bits=bits,
             group=group,
             symmetric=symmetric,
-            steps=0 if bits >= _FINE_BITS else steps,
-            batch=batch,
+            schedule=Schedule(0 if bits >= _FINE_BITS else steps, batch),
         )
+        self.moves = torch.zeros_like(exact).requires_grad_()
+        self.shares = torch.ones_like(self.scale).requires_grad_()
+
+    def parameters(self) -> dict[float, list[Tensor]]:
+        """The move of each weight, in steps of its grid, and a share of each step."""
+        return {_RATE: [self.moves], _RATE / 2**self.bits: [self.shares]}
+
+    def settle(self) -> None:
+        """A step stays near what it was."""
+        with torch.no_grad():
+            self.shares.clamp_(*_SHARES)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """The candidate's grid, with a share of its step."""
-        wide = self.scale * self.shares
-        return storable(wide.detach()) + (wide - wide.detach()), self.zero
+        return stored(self.scale * self.shares), self.zero
+
+    def steps(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups _"]:
+        """Each weight in steps of its grid, moved."""
+        return self.grouped / scale[..., None] + self.moves
 
     def coded(self) -> Quantized:
         """The present codes, with a note of what they started from."""
@@ -106,11 +123,19 @@ def auto(
 
     The short list goes by what the data shows: rounding to nearest for a layer that no token
     reached; else GPTQ, in the order of the inputs' energies, too, where one of them has 10 times
-    the mean.  The candidate that loses least of the layer's output is kept.  Its codes c and steps
-    s then start what SignRound learns (see there): with the weight w moved no further from
-    s (c - z) than keeps it there, a shift within half a step and a share of s are moved against
-    the sign of their gradients.  All candidates take the same bytes.  Nothing is learned from 8
-    bits on.
+    the mean.  The candidate that loses least of the layer's output is kept.  Its codes c, steps s
+    and zero points z are then learned on,
+
+        code = clamp(round(v / (a s) + u) + z, 0, 2^bits - 1)
+        Q(w) = a s (code - z)
+
+    where v is w, moved no further from s (c - z) than half a step, so that learning starts from c;
+    u, one for each weight and unbounded, and a, one for each grid, are moved by Adam, with rates
+    that fall along a cosine and rounding that passes gradients on as they come.  What is minimized
+    is the error of the block's answer, all of its layers learned together, where a model runs block
+    by block; for one layer alone it is the error of its output.  The best parameters on windows
+    that no step saw are kept.  All candidates take the same bytes.  Nothing is learned from 8 bits
+    on.
 
     Args:
         weight: Layer to quantize.

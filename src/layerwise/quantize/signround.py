@@ -5,15 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.catalogue import Claim, Paper
-from layerwise.core.learning import learned_alone
+from layerwise.core.learning import Schedule, learned_alone
 from layerwise.core.results import Coded
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid
-from layerwise.quantize._rounding import Shifted, spanned
+from layerwise.quantize._rounding import Rounded, check_schedule, spanned
+
+# What is left of a range, at the least.
+_LEAST_SHARE = 0.5
 
 
-class SignRound(Shifted):
+class SignRound(Rounded):
     """A layer whose rounding is being learned; the arguments are those of `signround`."""
 
     def __init__(
@@ -28,24 +31,40 @@ class SignRound(Shifted):
         batch: int = 8,
     ) -> None:
         check_grid(weight, bits, group)
+        check_schedule(steps, batch)
         grouped = by_group(weight, group)  # (out, groups, group)
-        self.low = grouped.amin(dim=-1).clamp(max=0)
-        self.high = grouped.amax(dim=-1).clamp(min=0)
         super().__init__(
             grouped,
             weight.shape[1],
-            torch.ones(2, *self.low.shape),
             bits=bits,
             group=group,
             symmetric=symmetric,
-            steps=steps,
-            batch=batch,
+            schedule=Schedule(steps, batch, "sign", "linear"),
         )
+        self.rate = 1 / max(steps, 1)
+        self.low = grouped.amin(dim=-1).clamp(max=0)
+        self.high = grouped.amax(dim=-1).clamp(min=0)
+        self.shift = torch.zeros_like(grouped).requires_grad_()
+        self.shares = torch.ones(2, *self.low.shape).requires_grad_()
+
+    def parameters(self) -> dict[float, list[Tensor]]:
+        """The shift of each weight before it is rounded, and the share of each range."""
+        return {self.rate: [self.shift, self.shares]}
+
+    def settle(self) -> None:
+        """Shifts stay within half a step, shares within half and all of a range."""
+        with torch.no_grad():
+            self.shift.clamp_(-0.5, 0.5)
+            self.shares.clamp_(_LEAST_SHARE, 1.0)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """The grid over the shares of the range on both sides of 0.0."""
         low, high = self.low * self.shares[0], self.high * self.shares[1]
         return spanned(low, high, self.bits, self.symmetric)
+
+    def steps(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups _"]:
+        """Each weight in steps of its grid, and its shift."""
+        return self.grouped / scale[..., None] + self.shift
 
 
 @quantizer(
