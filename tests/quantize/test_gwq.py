@@ -255,7 +255,7 @@ def test_what_gradients_hold_is_foreseen(llama, tmp_path, monkeypatch):
     [
         2,
         pytest.param(
-            3, marks=pytest.mark.xfail(reason="2.7181 against 2.7173 nats: within chance's own")
+            3, marks=pytest.mark.xfail(reason="2.7181 nats against 2.7173, with a mask of one seed")
         ),
     ],
 )
