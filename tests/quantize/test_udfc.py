@@ -69,12 +69,9 @@ def test_trained_layers_err_less_than_rounded_ones():
         assert learned < plain, one.layer.name
 
 
-LOST = pytest.mark.xfail(reason="accuracy 0.945 to 0.931: scales below 1 add up over layers")
-
-
-@pytest.mark.parametrize("bits", [pytest.param(3, marks=LOST), 4, 6])
+@pytest.mark.parametrize("bits", [4, 6])
 def test_a_convolutional_net_is_no_worse_for_it(bits, tmp_path):
-    """The card's finding: neutral from 3 bits on."""
+    """The card's finding; at 3 bits this net falls from 0.945 to 0.931, unlike the card's."""
     made = small_cnn.digits()
     plain, _ = small_cnn.compressed(made, tmp_path / "rtn", bits=bits, symmetric=True)
     scaled, _ = small_cnn.compressed(made, tmp_path / "udfc", bits=bits, method="udfc")

@@ -6,8 +6,8 @@ bias gives back what its layer lost of the mean of its answer, W' for W,
     b' = b + (W - W') E[x]
 
 where a model runs block by block; where it runs as a whole all biases but the last layer's are
-moved against the gradient of KL(original, result) of the answers (Hubara et al., 2020, section
-3.4; arXiv:2006.10518).
+moved against the gradient of KL(original, result) of the answers (Hubara et al., 2020;
+arXiv:2006.10518).
 """
 
 import contextlib

@@ -86,8 +86,7 @@ class AdaQuant(Rounded):
             "stories-char-940k/quantize",
             {"group": 32, "symmetric": True, "bits": 3},
             0.4,
-            "table 1: ResNets at 4 bits, AdaQuant above rounding on the same ranges; 0.6 of its "
-            "loss in our restatement",
+            "abstract: ResNet-50 in 4 bits within 1%; 0.6 of the loss of rounding is ours",
         ),
     ),
     exempt={
@@ -109,7 +108,7 @@ def adaquant(
 ) -> Coded:
     """Move every weight freely, and its grid's range, so that the layer answers as before.
 
-        min  E |W x - Q(V) x|^2 = tr((W - Q(V)) G (W - Q(V))^T)                       (eq. 2)
+        min  E |W x - Q(V) x|^2 = tr((W - Q(V)) G (W - Q(V))^T)
         V, R
 
         scale = R / (2^bits - 1)        Q(v) = scale (clamp(round(v / scale) + zero) - zero)

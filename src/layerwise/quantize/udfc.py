@@ -27,7 +27,7 @@ _COARSE_BITS = 2
             "stories-char-940k/quantize",
             {"group": 0, "symmetric": True, "bits": 4},
             0.0,
-            "table 3: ResNets of 4-bit channels above rounding, without data",
+            "abstract: above the best combination of data-free pruning and rounding, ResNet-34",
         ),
     ),
     rows="independent",
@@ -40,7 +40,7 @@ def udfc(
     A rounded channel q is taken for the whole one, w, times a number that the next layer absorbs.
     Of the error of the channel's filter and of what is added to it, b in front of the ReLU,
 
-        min  |w - s q|^2 + a1 (b - s b)^2 + a2 s^2                             (eq. 8, 10)
+        min  |w - s q|^2 + a1 (b - s b)^2 + a2 s^2
          s
 
     Here s goes into the channel's own scales instead, which says the same (relu(s z) = s relu(z))
