@@ -36,7 +36,8 @@ def scales_are_storable(method: Method) -> None:
         return
     for name, weight in cases.weights().items():
         for factor in (1e-6, 1.0, 1e5):
-            quantized = _quantize(method, factor * weight, bits=cases.width(method, 2), group=32)
+            scaled = factor * weight.float()  # whose range has room for it
+            quantized = _quantize(method, scaled, bits=cases.width(method, 2), group=32)
             assert quantized.scale.shape == (len(weight), math.ceil(weight.shape[1] / 32)), name
             assert quantized.zero.shape == quantized.scale.shape, name
             assert quantized.scale.dtype in _SCALES, name
