@@ -9,10 +9,12 @@ again: delete those that are to be.  Words choose among the rows: those that hol
 run.  `--page` runs nothing and writes the page and its pictures from the table.
 
 The size to keep to is that of rounding in symmetric groups of 32; a method that stores more beside
-its codes gets the smallest groups with which its files are no larger.
+its codes gets the smallest groups with which its files are no larger, or narrower codes if none
+are.
 """
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -52,6 +54,7 @@ COLUMNS = (
     "model",
     "method",
     "bits",
+    "width",
     "group",
     "inputs",
     "stored_bits",
@@ -68,11 +71,11 @@ INTRODUCTION = f"""# Quantizers
 Written by `python benchmarks/quantizers.py` from quantizers.csv, best first. All layers of a model
 get the same width; every file is no larger than that of rounding to nearest in symmetric groups of
 32 (ResNet-20: one grid for each output), to {SLACK - 1:.0%}: what is kept beside the codes is paid
-for with larger groups. KL is the divergence of the compressed model from the original, in nats per
-token (per image), on held-out data that neither training nor calibration saw. CPU seconds are
-those of the whole run, the comparison included (not that of images), on one thread; the peak of
-memory is the kernel's count for its process, of which Python and torch take 330 MB. Options are at
-their defaults.
+for with larger groups, or with narrower codes. KL is the divergence of the compressed model from
+the original, in nats per token (per image), on held-out data that neither training nor calibration
+saw. CPU seconds are those of the whole run, the comparison included (not that of images), on one
+thread; the peak of memory is the kernel's count for its process, of which Python and torch take
+330 MB. Options are at their defaults.
 """
 
 
@@ -165,6 +168,7 @@ def one(model: str, method: str, bits: int) -> dict[str, Any]:
     except UserError as error:
         return {"note": str(error).replace("\n", " ")}
     return {
+        "width": wish["bits"],
         "group": wish["group"],
         "inputs": wish.get("activation", ""),
         "stored_bits": round(report.average_bits, 4),
@@ -189,16 +193,23 @@ def _fitting(
 
     shared = {"bits": bits, "symmetric": True, "format": "layerwise"}
     room = SLACK * files({**shared, "method": "rtn", "group": groups[0]})
-    for group in groups:
-        wish = {**shared, "method": method, "group": group}
-        if (size := files(wish)) <= room:
-            activates = catalogue.get(f"quantize/{method}").activates
-            return wish | ({"activation": activates} if activates else {}), size
-    raise UserError(
+    refusal = UserError(
         f"{method} stores more at {bits} bits than rounding does in groups of {groups[0]} "
         "(0: a row), whatever its own groups.",
         "Compare it at another width.",
     )
+    widths = [width for width in catalogue.get(f"quantize/{method}").widths if width <= bits]
+    for width, group in itertools.product(reversed(widths), groups):
+        wish = {**shared, "bits": width, "method": method, "group": group}
+        try:
+            size = files(wish)
+        except UserError as error:  # groups must divide a layer's width
+            refusal = error
+            continue
+        if size <= room:
+            activates = catalogue.get(f"quantize/{method}").activates
+            return wish | ({"activation": activates} if activates else {}), size
+    raise refusal
 
 
 def _texts(model: str) -> tuple[str, str, Any]:
@@ -297,8 +308,9 @@ def _point(row: Row, among: Sequence[Row]) -> Any:
 def _table(rows: Iterable[Row], images: bool) -> list[str]:
     quality = "accuracy" if images else "perplexity"
     made = [
-        f"| method | KL, nats | {quality} | stored bits | group | inputs | CPU s | peak, MB |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+        f"| method | KL, nats | {quality} | codes, bits | stored bits | group | inputs | CPU s "
+        "| peak, MB |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|",
     ]
     for row in rows:
         judged = f"{float(row['quality']):.2%}" if images else f"{float(row['quality']):.4f}"
@@ -306,6 +318,7 @@ def _table(rows: Iterable[Row], images: bool) -> list[str]:
             row["method"],
             f"{float(row['kl']):.4f}",
             judged,
+            row["width"],
             f"{float(row['stored_bits']):.3f}",
             row["group"] if row["group"] != "0" else "row",
             row["inputs"] or "-",
