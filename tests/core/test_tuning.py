@@ -118,6 +118,15 @@ def test_what_is_not_there_is_refused(llama, tmp_path):
             )
 
 
+def test_no_limit_is_promised_for_what_is_not_foreseen(tmp_path):
+    module, pictures = models.convolutional(), torch.randn(8, 3, 8, 8)
+    asked = {"bits": 8, "group": 0, "calibration": pictures, "max_memory": "64GiB"}
+    with pytest.raises(UserError, match=r"biases .* is not foreseen"):
+        lw.compress(module, tmp_path / "out", tune=["bias"], **asked)
+    assert not list(tmp_path.iterdir())
+    lw.compress(module, tmp_path / "out", tune=["norms"], **asked)
+
+
 def test_a_plan_says_what_is_tuned(tmp_path):
     made = small_cnn.digits()
     opened = lw.open(made.net)

@@ -127,6 +127,12 @@ def promised(seen: Foresight, limit: str, *, later: bool = False) -> tuple[Econo
     Raises:
         UserError: It cannot be kept; the message names the least that can.
     """
+    if limit and "bias" in seen.plan.tune and seen.passes is not None and seen.passes.runner.whole:
+        raise UserError(
+            "what it takes to learn the biases of a model that runs as a whole is not foreseen, so "
+            "no limit of memory can be promised.",
+            "Leave out --max-memory, or bias of --tune.",
+        )
     return fitting(seen.forecast, seen.economies(), limit, "the run", _SWAY if later else 0)
 
 

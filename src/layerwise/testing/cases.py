@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerwise.core.catalogue import Method
 
+_STEPS = 12
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
 
 
@@ -68,7 +69,7 @@ def evidence(
 def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
     """An ordinary value of every option that a verb requires, where the method has it.
 
-    Any other option, and the size of a group, is left at the method's default.
+    Any other option, and the size of a group, is left at the method's default; little is learned.
     """
     costs = _costs(_items(weight))
     least, most = (sum(int(levels[end]) for levels in costs) for end in (0, -1))
@@ -79,7 +80,12 @@ def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
         "rank": min(4, *weight.shape),
         "budget": (least + most) // 2,
     }
-    return method.accepts(ordinary)
+    return method.accepts(ordinary) | steps(method)
+
+
+def steps(method: Method) -> dict[str, int]:
+    """As few steps as will do: what is learned keeps the laws from its first step on."""
+    return {"steps": _STEPS} if method.learns is not None else {}
 
 
 def width(method: Method, bits: int) -> int:

@@ -13,7 +13,6 @@ from layerwise.core.results import Quantized
 from layerwise.testing import cases
 
 BITS = (1, 3, 8)
-_STEPS = 12
 _SCALES = (torch.float16, torch.bfloat16)
 
 
@@ -138,9 +137,7 @@ def refuses_nonsense(method: Method) -> None:
 def _quantize(method: Method, weight: Tensor, **options: Any) -> Any:
     # Evidence that a wrong weight would spoil is made from a sound one.
     given = dict(cases.evidence(method.evidence, weight.nan_to_num(0, 0, 0)))
-    # What is learned keeps the laws from its first step on.
-    learned = {"steps": _STEPS} if method.learns is not None else {}
-    ordinary = {"bits": cases.width(method, 4), **learned}
+    ordinary = {"bits": cases.width(method, 4), **cases.steps(method)}
     return method.run(**{**given, "weight": weight}, **ordinary | options)
 
 
