@@ -95,12 +95,13 @@ def test_a_layer_without_a_tail_has_the_steepest(weight, start):
 
 
 def test_what_was_trained_has_a_heavier_tail_than_noise():
-    """A model of the assets, and its own weights in another order."""
+    """Two blocks of a model of the assets, and their own weights in another order."""
     if ASSETS not in os.environ:
         pytest.skip(f"{ASSETS} is not set")
     opened = lw.open(Path(os.environ[ASSETS]) / "models/reference-6m")
+    found = list(opened.structure.layers.values())
     noise = torch.Generator().manual_seed(0)
-    layers = [one.read(opened.source).float() for one in opened.structure.layers.values()]
+    layers = [one.read(opened.source).float() for one in found[:14]]
     orders = [torch.randperm(weight.numel(), generator=noise) for weight in layers]
     pairs = list(zip(layers, orders, strict=True))
     trained = [alpha(weight, start="mid") for weight in layers]
