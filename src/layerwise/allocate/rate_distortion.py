@@ -23,6 +23,7 @@ _Row = np.ndarray[Any, np.dtype[np.float64]]
     Paper("Efficient Joint Optimization of Layer-Adaptive Weight Pruning", 2023, "2308.10438"),
     claims=(
         Claim("uniform", "stories-char-940k/allocate", {"density": 0.5}, 0.1, _SOURCE),
+        Claim("uniform", "reference-6m/allocate", {"density": 0.5}, 0.1, _SOURCE),
         Claim("lamp", "stories-char-940k/allocate", {"density": 0.5}, 0.05, _SOURCE),
     ),
 )
