@@ -290,15 +290,17 @@ def test_an_expert_that_no_token_reached_has_zeros(tmp_path: Path):
     assert evidence["inputs"].shape == (0, layer.width)
 
 
-def test_magnitude_is_the_mean_size_of_each_input(tmp_path: Path):
+def test_magnitude_and_norm_are_the_mean_size_of_each_input(tmp_path: Path):
     models.make("llama", tmp_path)
     found = structure(open_checkpoint(tmp_path))
     layer = found.layers["model.layers.0.self_attn.q_proj"]
-    collector = Collector(layer, frozenset({"magnitude"}))
+    collector = Collector(layer, frozenset({"magnitude", "norm"}))
     rows = torch.randn(10, 32)
     collector.see(rows[:4])
     collector.see(rows[4:])
-    torch.testing.assert_close(collector.evidence()["magnitude"], rows.abs().mean(dim=0))
+    evidence = collector.evidence()
+    torch.testing.assert_close(evidence["magnitude"], rows.abs().mean(dim=0))
+    torch.testing.assert_close(evidence["norm"], rows.square().mean(dim=0).sqrt())
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path):

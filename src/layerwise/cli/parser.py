@@ -366,7 +366,12 @@ def _levels(how: Any) -> None:
         metavar="NAME",
         help="allocator of a budget (knapsack), or of a density (none: the same everywhere)",
     )
-    how.add_argument("--by", default="lim", metavar="MEASURE", help="what allocate/threshold reads")
+    how.add_argument(
+        "--by",
+        default="lim",
+        metavar="MEASURE",
+        help="what an allocator by scores reads (lim)",
+    )
     how.add_argument(
         "--rotate",
         choices=("none", "hadamard", "orthogonal"),
@@ -446,6 +451,7 @@ _NAMING = {
     "--pruner": "prune",
     "--compensator": "compensate",
     "--allocate": "allocate",
+    "--by": "measure",
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (

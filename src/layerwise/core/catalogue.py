@@ -30,12 +30,15 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
     {
         "weight": "nothing",  # (out, in), one linear layer
         "weights": "nothing",  # one tensor per layer, readable more than once
+        "shapes": "nothing",  # one tuple per item, the sides of its weight
         "approximation": "nothing",  # (out, in), what a transform made of the weight
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept
         "errors": "nothing",  # one (levels,) per item, the error at each level
         "inputs": "calibration",  # (tokens, in), what the layer or block saw
         "outputs": "calibration",  # (tokens, out), what the layer or block answered
+        "norm": "calibration",  # (in,), root of the mean of x^2 over tokens
+        "norms": "calibration",  # one (in,) per layer of a block, the norm of what it reads
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
@@ -128,6 +131,7 @@ class Method:
     activates: Scheme | Literal[""] = ""
     learns: Callable[..., Learned] | None = None
     settles: Callable[..., Mapping[str, Any]] | None = None
+    fine: bool = False
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -200,6 +204,7 @@ class Verb(Generic[R]):
         activates: Scheme | Literal[""] = "",
         learns: Callable[..., Learned] | None = None,
         settles: Callable[..., Mapping[str, Any]] | None = None,
+        fine: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -223,6 +228,7 @@ class Verb(Generic[R]):
             settles: What a quantizer makes of a plan when the plan is made, for layouts are known
                 before weights are read: takes the weight, (out, in), and every option, and returns
                 fields of the layer's plan, of which `why` says the reason.
+            fine: An allocator by scores sets each item's density by itself, and is offered many.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -246,6 +252,7 @@ class Verb(Generic[R]):
                 activates,
                 learns,
                 settles,
+                fine,
             )
             self._check(method)
             _methods[method.id] = method

@@ -29,7 +29,7 @@ class Collector:
 
     Args:
         layer: A layer that reads the input.
-        words: Evidence wanted: any of "gram", "magnitude", "peak", "inputs".
+        words: Evidence wanted: any of "gram", "norm", "magnitude", "peak", "inputs".
     """
 
     def __init__(self, layer: Layer, words: frozenset[str]) -> None:
@@ -37,6 +37,7 @@ class Collector:
         self.words = words
         self.tokens = 0
         self._gram = torch.zeros(layer.width, layer.width) if "gram" in words else None
+        self._energy = torch.zeros(layer.width, dtype=torch.float64)
         self._magnitude = torch.zeros(layer.width, dtype=torch.float64)
         self._peak = torch.zeros(layer.width)
         self._inputs: list[Tensor] = []
@@ -53,6 +54,8 @@ class Collector:
         self.tokens += len(inputs)
         if self._gram is not None:
             self._gram = self._gram.to(inputs.device).addmm_(inputs.T, inputs)
+        if "norm" in self.words:
+            self._energy += inputs.double().square().sum(dim=0).cpu()
         if "magnitude" in self.words:
             self._magnitude += inputs.abs().sum(dim=0, dtype=torch.float64).cpu()
         if "peak" in self.words and len(inputs):
@@ -77,6 +80,8 @@ class Collector:
         if self._gram is not None:
             # Methods compute where the weights are read to: only blocks run on another device.
             made["gram"] = self._gram.cpu().div_(count)
+        if "norm" in self.words:
+            made["norm"] = (self._energy / count).sqrt().float()
         if "magnitude" in self.words:
             made["magnitude"] = (self._magnitude / count).float()
         if "peak" in self.words:

@@ -370,6 +370,7 @@ def evidence_of(words: Collection[str], layers: Sequence[Layer]) -> dict[str, An
     width = layers[0].width
     made: dict[str, Callable[[], Any]] = {
         "gram": lambda: torch.eye(width),
+        "norm": lambda: torch.ones(width),
         "magnitude": lambda: torch.ones(width),
         "peak": lambda: torch.ones(width),
         "attention": lambda: torch.ones(1, 1),

@@ -12,7 +12,12 @@ from layerwise.core import catalogue, memory
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import GRAD, GradientCollector, WeightGradientCollector
+from layerwise.core.evidence import (
+    GRAD,
+    GradientCollector,
+    WeightGradientCollector,
+    calibrated_words,
+)
 from layerwise.core.fisher import GRADIENT_WINDOWS
 from layerwise.core.forecast import (
     FORESEEING,
@@ -63,8 +68,9 @@ class Looking:
 
     @property
     def of_weights(self) -> bool:
-        """Whether a level reads the gradient of a weight."""
-        return GRAD in words_of(plan for plans in self.levels.values() for plan in plans)
+        """Whether a level or a measure reads the gradient of a weight."""
+        tried = words_of(plan for plans in self.levels.values() for plan in plans)
+        return GRAD in tried | calibrated_words(self.measures)
 
     @property
     def nothing(self) -> bool:

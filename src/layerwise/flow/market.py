@@ -218,7 +218,8 @@ def _items(wish: Wish, found: Structure, apart: Callable[[Layer], str]) -> list[
 def of_densities(wish: Wish, prepared: Prepared, allocator: catalogue.Method) -> Market:
     """Densities, in weights that are kept; layers are free of each other, if methods let them."""
     found = prepared.found
-    steps = COARSE if {"errors", "scores"}.intersection(allocator.evidence) else FINE
+    coarse = {"errors", "scores"}.intersection(allocator.evidence) and not allocator.fine
+    steps = COARSE if coarse else FINE
     # The lowest density must leave the smallest layer a weight.
     first = -(-steps // min(layer.count for layer in found.layers.values()))
     densities = [step / steps for step in range(first, steps + 1)]

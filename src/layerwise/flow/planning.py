@@ -16,7 +16,7 @@ from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Foresight, Outlook
 from layerwise.core.outcome import Candidate
-from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.plan import LayerPlan, Plan, check_options
 from layerwise.core.progress import Progress
 from layerwise.core.structure import Layer
 from layerwise.flow import market as markets
@@ -108,6 +108,8 @@ def make_plan(
     if wish.max_kl is None:
         markets.check_affordable(wish, prepared, market)
     measures = [catalogue.get(f"measure/{wish.measure}")] if "scores" in allocator.evidence else []
+    for method in (allocator, *measures):
+        check_options(method.id, wish.options.get(method.id, {}))
     levels = _levels(market, allocator, measures)
     weights = sensitivity.chosen(wish, prepared) if "errors" in allocator.evidence else ""
     foreseen = None
@@ -269,7 +271,8 @@ class _Sale:
     def at(self, budget: int) -> list[int]:
         """The level of each item that the allocator buys."""
         given = {word: self._evidence()[word]() for word in self.allocator.evidence}
-        return [int(level) for level in self.allocator.run(**given, budget=budget)]
+        own = self.wish.options.get(self.allocator.id, {})
+        return [int(level) for level in self.allocator.run(**given, budget=budget, **own)]
 
     def plan(self, bought: Sequence[int]) -> Plan:
         """The plan of some levels, one for each item."""
@@ -325,6 +328,7 @@ class _Sale:
                 torch.stack([self.costs[layer.name] for layer in item]).sum(0) for item in items
             ],
             "scores": lambda: torch.tensor([score(item) for item in items]),
+            "shapes": lambda: [_shape(source, item) for item in items],
             "weights": lambda: _Lazy([functools.partial(_weights, source, item) for item in items]),
         }
 
@@ -357,6 +361,14 @@ class _Sale:
 def _weights(source: Source, item: Sequence[Layer]) -> Tensor:
     parts = [layer.matrix(source.read(layer.tensor)).flatten() for layer in item]
     return torch.cat(parts).float()  # (entries,)
+
+
+def _shape(source: Source, item: Sequence[Layer]) -> tuple[int, ...]:
+    """Layers of one item read one input: their rows are those of one weight."""
+    first = item[0]
+    kernel = source.tensors[first.tensor].shape[1:]
+    inner = kernel if first.layout == "convolution" else (first.width,)
+    return (sum(layer.rows for layer in item), *inner)
 
 
 class _Lazy(Sequence[Tensor]):

@@ -92,7 +92,8 @@ def survey(
         candidates,
         known,
     )
-    words = look.words()
+    per_layer = any("norms" in method.evidence for method in of_blocks)
+    words = look.words() | ({"norm"} if per_layer else set())
     runs = runner is not None and calibration is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
@@ -113,7 +114,10 @@ def survey(
                 seen = Seen(runner, block, layers, words, hidden, economy.input_by_input, gradients)
             # What it sees is let go of by itself, input by input.
             coded = {} if seen is None else look.learned(layers, replace(seen))
+            norms: dict[str, Any] = {}
             for group in by_input(layers).values():
+                if seen is not None and per_layer:
+                    norms |= dict.fromkeys((one.name for one in group), seen.of(group)["norm"])
                 look.at(group, seen, coded, scores)
             del seen  # before activations are carried on
             after = None
@@ -123,8 +127,8 @@ def survey(
                 parts = runner.carry(block, hidden, {})
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
             for method in of_blocks:
-                given = _block_evidence(method, prepared.source, layers, hidden, after)
-                value = float(method.run(**given))
+                given = _block_evidence(method, prepared.source, layers, hidden, after, norms)
+                value = float(method.run(**given, **options.get(method.id, {})))
                 scores[method.name] |= {layer.name: value for layer in layers}
             hidden = after
             progress.step(block)
@@ -142,7 +146,7 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
     running = [m.id for m in measures if m.unit == "block" and m.calibrated]
     if running and prepared.runner and prepared.runner.whole:
         raise UserError(
-            f"{running[0]} compares what goes into a block with what comes out, and "
+            f"{running[0]} looks at what a block sees, and "
             f"{prepared.source.label} runs as a whole, not block by block.",
             "Use a measure of layers, such as error or weight_error.",
         )
@@ -192,7 +196,7 @@ class _Look:
 
     def words(self) -> frozenset[str]:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
-        gram = frozenset({"gram"}) if self.levels else frozenset[str]()
+        gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
         return calibrated_words(self.measures) | tried | gram
 
@@ -314,7 +318,7 @@ class Trial:
                 own["weight"] = weight
             if "approximation" in method.evidence:
                 own["approximation"] = made[number].weight
-            scores[layer.name] = float(method.run(**own))
+            scores[layer.name] = float(method.run(**own, **self.options.get(method.id, {})))
         return scores
 
 
@@ -390,10 +394,13 @@ def _block_evidence(
     layers: Sequence[Layer],
     hidden: Activations | None,
     after: Activations | None,
+    norms: Mapping[str, Any],
 ) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if "weights" in method.evidence:
         made["weights"] = [_weight(source, layer) for layer in layers]
+    if "norms" in method.evidence:
+        made["norms"] = [norms[layer.name] for layer in layers]
     if hidden is not None and after is not None:
         made |= {
             word: states[:].flatten(0, -2)

@@ -279,7 +279,7 @@ class Wish:
                 f"{method.id} has nothing to share out.",
                 "Give --budget 3.5bits for widths, or --density 0.5 for densities.",
             )
-        if self.shares_bytes and "weights" in method.evidence:
+        if self.shares_bytes and {"weights", "shapes"}.intersection(method.evidence):
             raise UserError(
                 f"{method.id} shares out densities, and --budget asks for widths.",
                 "Give --density 0.5 without --budget, or another --allocate.",

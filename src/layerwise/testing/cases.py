@@ -43,16 +43,20 @@ def evidence(
     noise = torch.Generator().manual_seed(1)
     inputs = _inputs(weight.shape[1], noise) * seen
     weights = _items(weight)
+    norm = inputs.square().mean(dim=0).sqrt()  # (in,)
     costs = _costs(weights)
     models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
     made: dict[str, Any] = {
         "weight": weight,
         "weights": weights,
+        "shapes": [tuple(item.shape) for item in weights],
         "approximation": _coarse(weight),
         "inputs": inputs,
         # A layer answers in its own width; a block, which has no one weight, in that of its input.
         "outputs": inputs @ weight.float().T if "weight" in words else inputs.roll(1, 0) + inputs,
         "gram": inputs.T @ inputs / len(inputs),  # (in, in)
+        "norm": norm,
+        "norms": tuple(norm * (1 + place) for place, _ in enumerate(weights)),
         "magnitude": inputs.abs().mean(dim=0),  # (in,)
         "peak": inputs.abs().amax(dim=0),  # (in,)
         "attention": torch.rand(4, TOKENS // 4, generator=noise),  # (windows, length)

@@ -15,7 +15,8 @@ def digits_loss(allocate: str, density: float) -> float:
     """Error rate after magnitude pruning to the densities an allocator gives, over five seeds.
 
     Args:
-        allocate: Allocator that reads weights or costs; it has a level per thousandth of a layer.
+        allocate: Allocator that reads weights, shapes or costs; it has a level per thousandth of a
+            layer.
         density: Fraction of all weights to keep.
     """
     return sum(_loss(seed, allocate, density) for seed in range(SEEDS)) / SEEDS
@@ -26,7 +27,8 @@ def _loss(seed: int, allocate: str, density: float) -> float:
     layers = [part for part in model if isinstance(part, nn.Linear)]
     weights = [layer.weight.detach() for layer in layers]
     allocator = catalogue.get(f"allocate/{allocate}")
-    given = {"weights": weights, "costs": _costs(weights)}
+    shapes = [tuple(weight.shape) for weight in weights]
+    given = {"weights": weights, "shapes": shapes, "costs": _costs(weights)}
     budget = int(density * sum(weight.numel() for weight in weights))
     chosen = allocator.run(**{word: given[word] for word in allocator.evidence}, budget=budget)
     prune = catalogue.get("prune/magnitude")

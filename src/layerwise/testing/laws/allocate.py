@@ -56,7 +56,7 @@ def ignores_the_unit_of_its_evidence(method: Method) -> None:
     for factor in (2.0**-30, 2.0**20):
         for given, budget in _instances(method, names=("plain", "outlier")):
             scaled = {
-                word: value if word == "costs" else _scale(value, factor)
+                word: value if word in ("costs", "shapes") else _scale(value, factor)
                 for word, value in given.items()
             }
             levels = method.run(**given, budget=budget)

@@ -53,7 +53,8 @@ def ignores_the_order_of_layers(method: Method) -> None:
     if "weights" not in method.evidence:
         return
     for name, given in _layers(method):
-        moved = {**given, "weights": list(given["weights"])[::-1]}
+        each = [word for word in ("weights", "norms") if word in given]
+        moved = {**given, **{word: list(given[word])[::-1] for word in each}}
         assert _close(method.run(**moved), method.run(**given)), name
 
 
