@@ -2,11 +2,14 @@
 
 python scripts/make_docs.py                     # methods and servers
 python scripts/make_docs.py --claims            # the claims too; runs them all (minutes)
+python scripts/make_docs.py --claims quantize/x # those of some methods; the others' rows stay
 python scripts/make_docs.py --check             # fail if a method's page would be another
 python scripts/make_docs.py --claims --check    # fail if a claim's verdict would be another
 """
 
 import argparse
+import itertools
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,18 +29,18 @@ def main() -> int:
     """Write or check the generated pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--claims", action="store_true")
+    parser.add_argument("--claims", nargs="*", metavar="METHOD")
     chosen = parser.parse_args()
     pages = _pages()
     if chosen.check:
-        return _check_claims() if chosen.claims else _check_pages(pages)
+        return _check_pages(pages) if chosen.claims is None else _check_claims(chosen.claims)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for path in _there() - pages.keys():
         path.unlink()
-    if chosen.claims:
-        CLAIMS.write_text(_claims(_found()))
+    if chosen.claims is not None:
+        CLAIMS.write_text(_claims(_found(chosen.claims), _recorded() if chosen.claims else []))
     return 0
 
 
@@ -53,19 +56,25 @@ def _check_pages(pages: Mapping[Path, str]) -> int:
     return int(bool(stale))
 
 
-def _found() -> list[Verdict]:
+def _found(ids: Sequence[str]) -> list[Verdict]:
     with Bars() as bars:
-        return check_claims([], bars)
+        return check_claims(ids, bars, processes=os.cpu_count() or 1)
 
 
-def _check_claims() -> int:
+def _recorded() -> list[str]:
+    """The rows of claims that are written down."""
+    rows = [line for line in CLAIMS.read_text().splitlines() if line.startswith("| ")]
+    return rows[1:]  # the first names the columns
+
+
+def _check_claims(ids: Sequence[str]) -> int:
     """Figures move a little from machine to machine; verdicts must not turn round.
 
     What is too close to tell here may be told elsewhere, and the other way round.
     """
-    found = _found()
+    found = _found(ids)
     console().print(claims_table(found))
-    recorded = CLAIMS.read_text().splitlines()
+    recorded = _recorded()
     wrong = [
         one
         for one in found
@@ -161,7 +170,8 @@ def _by_codes(allowed: Mapping[Codes, Sequence[int]] | None) -> str:
     return "; ".join(f"{codes} {numbers}" for codes, numbers in listed.items())
 
 
-def _claims(verdicts: list[Verdict]) -> str:
+def _claims(verdicts: Sequence[Verdict], recorded: Sequence[str]) -> str:
+    """The page, with the rows that were written down of methods which were not checked now."""
     lines = [
         "# Claims",
         "",
@@ -177,6 +187,12 @@ def _claims(verdicts: list[Verdict]) -> str:
         "source |",
         "|---|---|---|---|---:|---:|---:|---:|---|---|",
     ]
+    rows: dict[str, list[str]] = {method: [] for method in _methods()}
+    checked = {one.method for one in verdicts}
+    for row in recorded:
+        method = row.split()[1]
+        if method in rows and method not in checked:
+            rows[method].append(row)
     for one in verdicts:
         figures = ("-", "-", "-")
         if one.loss is not None and one.baseline is not None:
@@ -189,8 +205,13 @@ def _claims(verdicts: list[Verdict]) -> str:
             one.verdict,
             one.source,
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows[one.method].append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *itertools.chain.from_iterable(rows.values())]) + "\n"
+
+
+def _methods() -> list[str]:
+    """The ids of all methods, in the order of the catalogue."""
+    return [method.id for verb in catalogue.VERBS for method in catalogue.methods(verb)]
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ compressed model over the original on held-out text: lower is better, 0 is lossl
 `digits-mlp` it is the share of test images that are misclassified.
 """
 
-import functools
 import json
 import math
+import multiprocessing
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import layerwise as lw
 from layerwise.core import catalogue
@@ -113,12 +116,29 @@ _BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def check_claims(ids: Sequence[str], progress: Progress) -> list[Verdict]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is run to check a claim: one method on one bench; `options` are JSON."""
+
+    model: str
+    verb: str
+    method: str
+    options: str
+
+    def loss(self) -> float:
+        """What it loses; lower is better."""
+        if self.model == DIGITS:
+            return digits_loss(self.method, json.loads(self.options)["density"])
+        return excess_loss(self.model, self.verb, self.method, self.options)
+
+
+def check_claims(ids: Sequence[str], progress: Progress, processes: int = 1) -> list[Verdict]:
     """Check the claims of some methods, or of all.
 
     Args:
         ids: Methods; empty for all.
-        progress: Is told of each claim.
+        progress: Is told of each run.
+        processes: Run so many at once, each on one thread.
     """
     chosen = (
         [catalogue.get(id) for id in ids]
@@ -126,28 +146,40 @@ def check_claims(ids: Sequence[str], progress: Progress) -> list[Verdict]:
         else [method for verb in catalogue.VERBS for method in catalogue.methods(verb)]
     )
     pairs = [(method, claim) for method in chosen for claim in method.claims]
-    progress.stage("claims", len(pairs))
-    verdicts: list[Verdict] = []
-    for method, claim in pairs:
-        verdicts.append(_verdict(method, claim))
-        progress.step(method.id)
-    return verdicts
+    wanted = [run for pair in pairs for run in _runs(*pair) if _is_here(run.model)]
+    runs = list(dict.fromkeys(wanted))
+    progress.stage("claims", len(runs))
+    losses: dict[_Run, float] = {}
+    for run, loss in zip(runs, _losses(runs, processes), strict=True):
+        losses[run] = loss
+        progress.step(f"{run.verb}/{run.method}")
+    return [_verdict(method, claim, losses) for method, claim in pairs]
 
 
-def _verdict(method: Method, claim: Claim) -> Verdict:
+def _losses(runs: Sequence[_Run], processes: int) -> Iterator[float]:
+    if processes == 1:
+        yield from map(_Run.loss, runs)
+        return
+    # What was forked would hold locks of threads that it does not have.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(_Run.loss, runs)
+
+
+def _runs(method: Method, claim: Claim) -> tuple[_Run, _Run]:
+    """That of the method, and that of what it is to beat."""
     model, _, verb = claim.bench.partition("/")
+    options = json.dumps(claim.options, sort_keys=True)
+    return _Run(model, verb, method.name, options), _Run(model, verb, claim.beats, options)
+
+
+def _verdict(method: Method, claim: Claim, losses: Mapping[_Run, float]) -> Verdict:
     options = " ".join(f"{name} {value}" for name, value in claim.options.items())
     found = (method.id, claim.beats, claim.bench, options, claim.margin)
-    if model == DIGITS:
-        loss, baseline = (
-            digits_loss(name, claim.options["density"]) for name in (method.name, claim.beats)
-        )
-    elif not _is_here(model):
+    ours, theirs = _runs(method, claim)
+    if ours not in losses:
         return Verdict(*found, None, None, NOT_HERE, claim.source)
-    else:
-        frozen = json.dumps(claim.options, sort_keys=True)
-        loss = excess_loss(model, verb, method.name, frozen)
-        baseline = excess_loss(model, verb, claim.beats, frozen)
+    loss, baseline = losses[ours], losses[theirs]
     return Verdict(*found, loss, baseline, judged(loss, baseline, claim.margin), claim.source)
 
 
@@ -162,6 +194,8 @@ def judged(loss: float, baseline: float, margin: float) -> str:
 
 
 def _is_here(model: str) -> bool:
+    if model == DIGITS:
+        return True
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
 
@@ -180,7 +214,6 @@ def _heldout(facts: _Model) -> str | list[str]:
     return [content[int(facts.unseen_from * len(content)) :]]
 
 
-@functools.cache
 def excess_loss(model: str, verb: str, name: str, options: str) -> float:
     """Excess cross-entropy of one method on one bench, in nats per token; `options` are JSON."""
     facts = _MODELS[model]
