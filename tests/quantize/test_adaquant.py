@@ -6,7 +6,6 @@ import small_cnn
 import torch
 import trained
 
-import layerwise as lw
 from layerwise.core.errors import UserError
 from layerwise.core.learning import OutputError
 from layerwise.quantize.adaquant import AdaQuant, adaquant
