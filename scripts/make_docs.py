@@ -177,7 +177,7 @@ def _claims(verdicts: Sequence[Verdict], recorded: Sequence[str]) -> str:
         "",
         "Written by `python scripts/make_docs.py --claims`. Loss: excess cross-entropy over the",
         "original on held-out text, nats per token; on `digits-mlp` the error rate. A claim holds",
-        "when the loss is below the baseline's by the margin; within 2% of the baseline of that",
+        "when the loss is below the baseline's by the margin; within 2% of what it may be",
         "(6% where codes are learned) another machine's sums could turn it, and it is too close",
         "to tell. One that does not hold stays here with its figures. Models but `builtin-tiny`",
         "and `digits-mlp` are the assets'; in `bytes-wikitext-outliers` a few inputs of each layer",

@@ -12,8 +12,8 @@ from layerwise.testing import claims
     [
         (0.4, 1.0, claims.HOLDS),
         (0.6, 1.0, claims.FAILS),
-        (0.49, 1.0, claims.CLOSE),
-        (0.51, 1.0, claims.CLOSE),
+        (0.495, 1.0, claims.CLOSE),
+        (0.505, 1.0, claims.CLOSE),
         (-1.0, 0.0, claims.NO_REGIME),
         (-1.0, -0.1, claims.NO_REGIME),
     ],

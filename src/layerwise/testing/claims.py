@@ -30,8 +30,8 @@ DIGITS = "digits-mlp"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
-# Figures move by less than this fraction of the baseline from machine to machine: sums of floats
-# in another order.  Those of codes that are learned go further: many small steps follow each other
+# Figures move by less than this fraction of themselves from machine to machine: sums of floats in
+# another order.  Those of codes that are learned go further: many small steps follow each other
 # (auto against signround at 3 bits was 1.06 on one machine and below 1.02 on another).
 _NOISE, _LEARNED_NOISE = 0.02, 0.06
 
@@ -191,11 +191,11 @@ def _learns(run: _Run) -> bool:
 
 
 def judged(loss: float, baseline: float, margin: float, noise: float) -> str:
-    """Whether a loss is below a baseline's by a margin, a fraction of it as noise is."""
+    """Whether a loss is below a baseline's by a margin; `noise` is a fraction of what it may be."""
     if baseline <= 0:  # a fraction less would be more
         return NO_REGIME
     over = loss / baseline - (1 - margin)
-    if abs(over) < noise:
+    if abs(over) < noise * (1 - margin):
         return CLOSE
     return HOLDS if over < 0 else FAILS
 
