@@ -279,8 +279,10 @@ def _write_page(rows: Sequence[Row]) -> None:
         lines += [f"## {model}", "", f"![Size against KL divergence]({picture})", ""]
         for bits in BITS:
             at = [row for row in measured if row["bits"] == str(bits)]
-            lines += [f"### {bits} bits", "", *_table(at, model == CLASSIFIER), ""]
             refused = [row for row in here if row["bits"] == str(bits) and row["note"]]
+            if not at and not refused:
+                continue
+            lines += [f"### {bits} bits", "", *_table(at, model == CLASSIFIER), ""]
             lines += [f"- {row['method']}: {row['note']}" for row in refused]
             lines += [""] * bool(refused)
     (DOCS / "quantizers.md").write_text("\n".join(lines).rstrip() + "\n")
