@@ -263,7 +263,9 @@ def test_the_order_of_what_a_weight_loses_beats_weights_errors_and_chance():
     assert figures["shares for each weight"] >= figures["diagonal for each weight"] - 0.05
 
 
-@pytest.mark.xfail(reason="does not hold: 0.39 of the weights, and 0.46 by the diagonal alone")
+@pytest.mark.xfail(
+    reason="does not hold: 0.39 of the weights, and 0.46 by the diagonal alone", strict=False
+)
 def test_the_order_of_shares_alone_lowers_no_less_than_the_diagonal():
     figures = lowered_shares()
     assert figures["shares"] >= figures["diagonal"] - 0.05

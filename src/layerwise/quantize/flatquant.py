@@ -288,11 +288,7 @@ class FlatQuant(Learned):
         Claim("rtn", "bytes-wikitext/quantize", _TURNED, 0.3, _SOURCE),
         Claim("rtn", "bytes-wikitext-outliers/quantize", _TURNED, 0.9, _SOURCE),
     ),
-    exempt={
-        "pruned_weights_stay_zero": "weights are rounded in another basis",
-        "smaller_groups_help": "with each size of a group another basis is learned, in which the "
-        "outlier lies in all of them",
-    },
+    exempt={"pruned_weights_stay_zero": "weights are rounded in another basis"},
     codes="own",
     stores=FlatQuantized,
     activates="int4",

