@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerwise.core.errors import UserError
+from layerwise.core.learning import rounded
 from layerwise.core.results import SCALE_DTYPE, Quantized
 
 MOST_BITS = 16
@@ -63,16 +64,15 @@ def fit(
 def span(
     low: Float[Tensor, "*grids"], high: Float[Tensor, "*grids"], bits: int, symmetric: bool
 ) -> tuple[Float[Tensor, "*grids"], Float[Tensor, "*grids"]]:
-    """The grid of `fit`, from the least and the greatest value it is to hold."""
+    """The grid of `fit`, from the least and the greatest value it is to hold; differentiable."""
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
     # Divided before they are added, so that the widest float32 range does not overflow.
-    scale = storable(high / top - low / top)
-    zero = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
-    return scale, zero
+    scale = stored(high / top - low / top)
+    return scale, torch.full_like(low, 2 ** (bits - 1)) if symmetric else rounded(-low / scale)
 
 
 def fit_clipped(
@@ -165,6 +165,11 @@ def storable(scale: Float[Tensor, "*grids"]) -> Float[Tensor, "*grids"]:
     # An all-zero group has no range; any positive step encodes it exactly.
     scale = scale.masked_fill(scale == 0, 1.0).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
     return scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+
+
+def stored(scale: Float[Tensor, "*grids"]) -> Float[Tensor, "*grids"]:
+    """Scales, as they are stored, with the gradient of the scales themselves."""
+    return storable(scale.detach()) + (scale - scale.detach())
 
 
 def _loss(

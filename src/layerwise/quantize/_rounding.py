@@ -9,7 +9,7 @@ from torch import Tensor
 from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned, Schedule, rounded
 from layerwise.core.results import Quantized
-from layerwise.quantize._grid import pack, storable
+from layerwise.quantize._grid import pack
 
 
 def check_schedule(steps: int, batch: int) -> None:
@@ -23,29 +23,6 @@ def check_schedule(steps: int, batch: int) -> None:
             f"steps is {steps}, batch is {batch}.",
             "Give 0 or more steps, a batch of 1 or more.",
         )
-
-
-def stored(scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups"]:
-    """Scales, as they are stored, with the gradient of the scales themselves."""
-    return storable(scale.detach()) + (scale - scale.detach())
-
-
-def spanned(
-    low: Float[Tensor, "out groups"],
-    high: Float[Tensor, "out groups"],
-    bits: int,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor]:
-    """The grid of `fit` between ends that are learned; `low` <= 0 <= `high`."""
-    top = 2**bits - 1
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    wide = high / top - low / top
-    scale = stored(wide)
-    if symmetric:
-        return scale, torch.full_like(low, 2 ** (bits - 1))
-    return scale, rounded(-low / scale)
 
 
 class Rounded(Learned):

@@ -10,8 +10,8 @@ from layerwise.core.learning import Schedule, learned_alone
 from layerwise.core.results import Coded
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid
-from layerwise.quantize._rounding import Rounded, check_schedule, spanned
+from layerwise.quantize._grid import by_group, check_grid, span
+from layerwise.quantize._rounding import Rounded, check_schedule
 
 # The least share of its range that a grid spans.
 _LEAST = 1e-3
@@ -66,7 +66,7 @@ class AdaQuant(Rounded):
     def grid(self) -> tuple[Tensor, Tensor]:
         """The grid over the shares of the range on both sides of 0.0."""
         low, high = self.low * self.shares[0], self.high * self.shares[1]
-        return spanned(low, high, self.bits, self.symmetric)
+        return span(low, high, self.bits, self.symmetric)
 
     def steps(self, scale: Float[Tensor, "out groups"]) -> Float[Tensor, "out groups _"]:
         """Weights as they are by now, in steps of their grids."""

@@ -14,8 +14,8 @@ from layerwise.core.learning import OutputError, Schedule, learned_alone
 from layerwise.core.results import Coded, Quantized
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid
-from layerwise.quantize._rounding import Rounded, check_schedule, stored
+from layerwise.quantize._grid import by_group, check_grid, stored
+from layerwise.quantize._rounding import Rounded, check_schedule
 
 # From here on so little is lost that nothing is worth learning.
 _FINE_BITS = 8

@@ -15,8 +15,8 @@ from layerwise.core.results import SCALE_DTYPE, Coded, Layout, Quantized, intege
 from layerwise.core.rotation import closest_pair, random_orthogonal
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, pack, storable
-from layerwise.quantize._rounding import check_schedule, spanned
+from layerwise.quantize._grid import by_group, check_grid, pack, span, storable
+from layerwise.quantize._rounding import check_schedule
 
 _TOP = 7  # the largest code of an input, which has 4 bits
 _ALPHA = 0.3  # the part of inputs in what the diagonal starts from
@@ -275,7 +275,7 @@ class FlatQuant(Learned):
         kept = torch.ones(2) if self.bits >= _FINE_BITS else self.clip.sigmoid()
         low = grouped.amin(dim=-1).clamp(max=0) * kept[0]
         high = grouped.amax(dim=-1).clamp(min=0) * kept[1]
-        scale, zero = spanned(low, high, self.bits, self.symmetric)
+        scale, zero = span(low, high, self.bits, self.symmetric)
         codes = rounded(grouped / scale[..., None]) + zero[..., None]
         return codes.clamp(0, 2**self.bits - 1), scale, zero
 

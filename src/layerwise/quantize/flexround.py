@@ -12,8 +12,8 @@ from layerwise.core.learning import Schedule, learned_alone
 from layerwise.core.results import Coded
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
-from layerwise.quantize._grid import by_group, check_grid, fit
-from layerwise.quantize._rounding import Rounded, check_schedule, stored
+from layerwise.quantize._grid import by_group, check_grid, fit, stored
+from layerwise.quantize._rounding import Rounded, check_schedule
 
 
 class FlexRound(Rounded):

@@ -18,6 +18,7 @@ from layerwise.core.packing import pack, unpack, words
 from layerwise.core.results import SCALE_BITS, SCALE_DTYPE, Coded, Layout
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
+from layerwise.quantize._rounding import check_schedule
 
 _MOST_BITS, _MOST_BOOKS = 8, 256
 _LLOYD = 50  # steps of k-means, at most
@@ -285,10 +286,7 @@ def _check(weight: Tensor, bits: int, group: int, books: int, steps: int, batch:
         )
     if not 1 <= books <= _MOST_BOOKS:
         raise UserError(f"books is {books}.", f"Give from 1 to {_MOST_BOOKS} books.")
-    if steps < 0 or batch < 1:
-        raise UserError(
-            f"steps is {steps}, batch is {batch}.", "Give 0 or more steps, a batch of 1 or more."
-        )
+    check_schedule(steps, batch)
     if not weight.numel():
         raise UserError(f"the weight is empty, {tuple(weight.shape)}.", "Leave the layer out.")
     if not weight.isfinite().all():
