@@ -1,6 +1,6 @@
-"""Write the pages that are generated: one per method, servers' rules, and the list of claims.
+"""Write the pages that are generated: methods, servers' rules, a survey's coverage, and claims.
 
-python scripts/make_docs.py                     # methods and servers
+python scripts/make_docs.py                     # all but the claims
 python scripts/make_docs.py --claims            # the claims too; runs them all (minutes)
 python scripts/make_docs.py --claims quantize/x # those of some methods; the others' rows stay
 python scripts/make_docs.py --check             # fail if a method's page would be another
@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from coverage_page import coverage
 
 from layerwise.cli.screen import Bars, console
 from layerwise.core import catalogue
@@ -118,6 +120,7 @@ def _pages() -> dict[Path, str]:
             index.append(f"| {link} | {method.needs} | {method.summary} | {lines} |")
     pages[DOCS / "methods" / "index.md"] = "\n".join(index) + "\n"
     pages[DOCS / "servers.md"] = _servers()
+    pages[DOCS / "coverage.md"] = coverage()
     return pages
 
 
