@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coverage_page import coverage
+from troubleshooting_page import troubleshooting
 
 from layerwise.cli.screen import Bars, console
 from layerwise.core import catalogue
@@ -121,6 +122,7 @@ def _pages() -> dict[Path, str]:
     pages[DOCS / "methods" / "index.md"] = "\n".join(index) + "\n"
     pages[DOCS / "servers.md"] = _servers()
     pages[DOCS / "coverage.md"] = coverage()
+    pages[DOCS / "troubleshooting.md"] = troubleshooting()
     return pages
 
 
