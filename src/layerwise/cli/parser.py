@@ -244,7 +244,9 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument("--needs", choices=("nothing", "calibration", "gradients", "models"))
+    made.add_argument(
+        "--needs", choices=("nothing", "running", "calibration", "gradients", "models")
+    )
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
