@@ -8,12 +8,8 @@ from layerwise.core.verbs import sparsifier
 from layerwise.sparsify._keep import count, keep_highest
 
 
-@sparsifier(
-    Paper("Training-Free Activation Sparsity in Large Language Models", 2024, "2408.14690")
-)
-def teal(
-    activations: Float[Tensor, "tokens in"], *, density: float
-) -> Bool[Tensor, "tokens in"]:
+@sparsifier(Paper("Training-Free Activation Sparsity in Large Language Models", 2024, "2408.14690"))
+def teal(activations: Float[Tensor, "tokens in"], *, density: float) -> Bool[Tensor, "tokens in"]:
     """Keep the inputs of each token that are largest in magnitude, whatever multiplies them.
 
         kept = the k largest |x_i| ,   k = round(density in)

@@ -1,5 +1,6 @@
 """Laws of sparsifiers."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def a_higher_density_keeps_what_a_lower_one_does(method: Method) -> None:
     """What is worth keeping of little is worth keeping of more."""
     for name, weight in cases.weights().items():
         masks = [_run(method, weight, density) for density in DENSITIES]
-        for lower, higher in zip(masks, masks[1:], strict=False):
+        for lower, higher in itertools.pairwise(masks):
             assert bool((higher | ~lower).all()), name
 
 
@@ -72,9 +73,7 @@ def what_comes_together_is_judged_alone(method: Method) -> None:
         given = _given(method, weight)
         if not given.keys() & set(_TOGETHER):
             return
-        alone = {
-            word: value[:1] if word in _TOGETHER else value for word, value in given.items()
-        }
+        alone = {word: value[:1] if word in _TOGETHER else value for word, value in given.items()}
         kept = method.run(**given, density=0.5)
         assert torch.equal(method.run(**alone, density=0.5), kept[:1]), name
 
