@@ -5,13 +5,25 @@
 
 The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
 `evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model of any
-format, and `stack`, for one that grows and shrinks while it is in use.
+format, `stack`, for one that grows and shrinks while it is in use, and `sparsify`, for one that
+leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan, stack, sweep
+    from layerwise.api import (
+        compress,
+        evaluate,
+        forecast,
+        load,
+        measure,
+        open,
+        plan,
+        sparsify,
+        stack,
+        sweep,
+    )
     from layerwise.core.errors import UserError
 
 __all__ = [
@@ -23,6 +35,7 @@ __all__ = [
     "measure",
     "open",
     "plan",
+    "sparsify",
     "stack",
     "sweep",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.core import cache as caches
 from layerwise.core import catalogue
@@ -18,6 +18,7 @@ from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
+from layerwise.core.skipping import Sparse
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
 from layerwise.evaluate.pictures import Images
@@ -31,6 +32,8 @@ from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
+from layerwise.flow.sparsifying import skipping as _skipping
+from layerwise.flow.sparsifying import sparsified
 from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
@@ -438,6 +441,42 @@ def stack(
     return Stack(load_or_say(source, dtype, trust_remote_code, files.least), files)
 
 
+def sparsify(
+    model: nn.Module,
+    method: str,
+    *,
+    density: float | Mapping[str, float],
+    calibration: Tensor | None = None,
+    **how: Any,
+) -> Sparse:
+    """Have a loaded model leave work out while it runs.
+
+        with lw.sparsify(model, "wina", density=0.5):
+            model.generate(ids)
+
+        thinned = lw.sparsify(model, "think", density=0.6)
+        model.generate(ids, past_key_values=thinned.cache())
+
+    Args:
+        model: A model that transformers loaded, or a module with blocks of linear layers.  It is
+            the same object, with hooks on it.
+        method: A sparsifier: wina and teal skip inputs of linear layers, think thins the keys of
+            a cache, shortv freezes tokens in blocks, zero_tprune drops tokens of pictures.
+        density: Fraction of the work to keep; of inputs also for each layer by name.
+        calibration: Token ids, (windows, length), on which shortv finds what blocks contribute.
+        how: More fields of `Skipping`: first, orthogonal, after, prompt, recent, or `options` of
+            the method.
+
+    Returns:
+        What takes the hooks off again, by `remove` or at the end of `with`; its `tally` counts
+        what was chosen, and inside `tally.counting()` what was computed.
+
+    Raises:
+        UserError: The model or the method is none of these, or they do not fit.
+    """
+    return sparsified(model, _skipping(method, density, how), calibration)
+
+
 def evaluate(
     model: Model,
     *,
@@ -455,6 +494,9 @@ def evaluate(
     images: Images | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    sparsify: str = "",
+    density: float = 0.5,
+    skipping: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """How good a model is: on text, on tasks, on images; and how far from another one.
@@ -480,6 +522,10 @@ def evaluate(
         mean: Mean of each channel, of values from 0 to 1; by default what the checkpoint says, and
             for a module no normalisation.
         std: Standard deviation of each channel.
+        sparsify: A sparsifier: the model leaves work out, and is compared with itself as it is.
+        density: Fraction of that work to keep.
+        skipping: More fields of `Skipping`: first, orthogonal, after, prompt, recent, calibration,
+            or `options` of the method.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
@@ -496,5 +542,12 @@ def evaluate(
         cache,
         trust_remote_code,
     )
-    asked = Asked(text, samples, length, noise_floor, wanted if put else None, images, mean, std)
+    if skipping and not sparsify:
+        raise UserError(
+            f"{next(iter(skipping))} says how work is left out, and no sparsifier is named.",
+            "Name one, such as wina.",
+        )
+    left = _skipping(sparsify, density, skipping or {}) if sparsify else None
+    put_tasks = wanted if put else None
+    asked = Asked(text, samples, length, noise_floor, put_tasks, images, mean, std, left)
     return assess(model, against, asked, trust_remote_code=trust_remote_code)

@@ -218,12 +218,30 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         images=chosen.images,
         mean=_numbers("--mean", chosen.mean),
         std=_numbers("--std", chosen.std),
+        sparsify=chosen.sparsify,
+        density=chosen.density,
+        skipping=_skipping(chosen, given),
         trust_remote_code=chosen.trust_remote_code,
     )
     console().print(report.evaluation(seen))
     if chosen.json:
         _print_json(seen.as_json())
     return 0
+
+
+def _skipping(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """What is said of the work that is left out, beside how much of it."""
+    after = _numbers("--after", chosen.after)
+    said: dict[str, Any] = {
+        "first": chosen.first,
+        "orthogonal": chosen.orthogonal,
+        "after": None if after is None else [int(number) for number in after],
+        "prompt": chosen.prompt,
+        "recent": chosen.recent,
+        "calibration": chosen.calibration,
+        "options": _own_options(chosen, given).get(f"sparsify/{chosen.sparsify}"),
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
@@ -313,13 +331,6 @@ def claims(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, dict[str, Any]] = {}
-    for id in named_methods(given):
-        prefix = id.rpartition("/")[2]
-        for name in option_flags(id):
-            value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
-            if value is not None:
-                options.setdefault(id, {})[name.replace("-", "_")] = value
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
@@ -327,8 +338,20 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "method": chosen.method,
         **_shared(chosen),
         "tune": tuple(part for part in chosen.tune.split(",") if part),
-        "options": options,
+        "options": _own_options(chosen, given),
     }
+
+
+def _own_options(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options that methods were given by flags of their own, by method."""
+    options: dict[str, dict[str, Any]] = {}
+    for id in named_methods(given):
+        prefix = id.rpartition("/")[2]
+        for name in option_flags(id):
+            value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
+            if value is not None:
+                options.setdefault(id, {})[name.replace("-", "_")] = value
+    return options
 
 
 def _shared(chosen: argparse.Namespace) -> dict[str, Any]:

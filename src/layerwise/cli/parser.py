@@ -175,6 +175,8 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
         "layerwise evaluate MODEL --tasks arc_easy,hellaswag --limit 100 --against BASE",
         "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
+        "layerwise evaluate MODEL --text heldout.txt --sparsify wina --density 0.65",
+        "layerwise evaluate MODEL --sparsify think --density 0.6 --prompt 0.75",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--against", metavar="BASE", help="the model it was made from")
@@ -202,7 +204,45 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     )
     images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
     images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
+    _sparsify(made, arguments)
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    left = made.add_argument_group("work left out while the model runs; it is its own original")
+    left.add_argument("--sparsify", default="", metavar="NAME", help="sparsifier (none)")
+    left.add_argument("--density", type=float, default=0.5, help="fraction of work kept (0.5)")
+    left.add_argument(
+        "--first", type=float, help="part of a text that skips no inputs, from its beginning (0.01)"
+    )
+    left.add_argument(
+        "--orthogonal",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="turn inputs that keys or a gate read, so that its columns are orthogonal",
+    )
+    left.add_argument(
+        "--after", metavar="BLOCKS", help="blocks after which tokens leave, such as 1,3"
+    )
+    left.add_argument(
+        "--prompt",
+        type=float,
+        help="part of a window whose keys are thinned, or whose tokens are frozen; what follows "
+        "is judged (0.5)",
+    )
+    left.add_argument("--recent", type=int, help="last tokens of a prompt with whole keys (32)")
+    left.add_argument(
+        "--calibration", metavar="TEXT", help=f"on which shortv ranks blocks: {TEXT_HELP}"
+    )
+    _own_flags(made, arguments)
+
+
+def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The flags of methods that the command line names."""
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
 
 
 def _run(commands: Any, arguments: Sequence[str]) -> None:
@@ -244,7 +284,9 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument("--needs", choices=("nothing", "calibration", "gradients", "models"))
+    made.add_argument(
+        "--needs", choices=("nothing", "running", "calibration", "gradients", "models")
+    )
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
@@ -315,10 +357,7 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
+    _own_flags(parser, arguments)
 
 
 def _method(parser: Any) -> None:
@@ -452,6 +491,7 @@ _NAMING = {
     "--compensator": "compensate",
     "--allocate": "allocate",
     "--by": "measure",
+    "--sparsify": "sparsify",
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (

@@ -21,9 +21,9 @@ from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
-Need = Literal["nothing", "calibration", "gradients", "models"]
+Need = Literal["nothing", "running", "calibration", "gradients", "models"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "compensate")
+VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "sparsify")
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -35,6 +35,11 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept
         "errors": "nothing",  # one (levels,) per item, the error at each level
+        "columns": "nothing",  # (in,), the norm of what each input is multiplied by
+        "activations": "running",  # (tokens, in), what the layer reads as the model runs
+        "queries": "running",  # (batch, heads, tokens, size), what attention asks with
+        "keys": "running",  # (batch, key heads, tokens, size), what it compares them with
+        "attentions": "running",  # (batch, heads, tokens, tokens), rows of it sum to 1
         "inputs": "calibration",  # (tokens, in), what the layer or block saw
         "outputs": "calibration",  # (tokens, out), what the layer or block answered
         "norm": "calibration",  # (in,), root of the mean of x^2 over tokens
@@ -50,7 +55,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 )
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
-_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
+_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "running", "calibration", "gradients", "models")
 
 # Options that a plan says for each layer, or a budget for all of them; `fold` says whether
 # something that feeds the layer can take its scales.

@@ -13,6 +13,8 @@ from typing import Any
 # What configurations call the number of positions and the width of a block.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
+# What blocks call the cache of keys and values that they are given.
+CACHES = ("past_key_values", "layer_past")
 # Classes whose answer to token ids is a distribution over the vocabulary for every token.
 CAUSAL_MODELS = ("ForCausalLM", "LMHeadModel")
 LANGUAGE_MODELS = (*CAUSAL_MODELS, "ForMaskedLM")

@@ -1,6 +1,6 @@
 """The verbs.  Each one fixes what its methods return and which options they all take."""
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
@@ -21,3 +21,7 @@ pruner: Verb[Pruned] = Verb("prune", requires=frozenset({"density"}))
 
 # What is left over when an approximation replaces a weight, as two thin matrices.
 compensator: Verb[LowRank] = Verb("compensate", requires=frozenset({"rank"}))
+
+# What is done of the work that the last axis of the evidence stands for, as a model runs: True
+# where it is done.  `density` is the fraction that is.
+sparsifier: Verb[Bool[Tensor, "..."]] = Verb("sparsify", requires=frozenset({"density"}))

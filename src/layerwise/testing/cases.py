@@ -66,6 +66,9 @@ def evidence(
         "grad": _like(weight, noise) * seen / 100,
         "base": weight,
         "models": models,
+        "columns": weight.float().norm(dim=0),  # (in,)
+        "activations": inputs,
+        **_attention(weight, noise, seen),
     }
     return {word: made[word] for word in words}
 
@@ -106,6 +109,22 @@ def _inputs(width: int, noise: torch.Generator) -> Float[Tensor, "tokens width"]
     inputs[:, 17:18] = 0.0
     inputs[:, 23:24] = 1.0
     return inputs
+
+
+def _attention(
+    weight: Float[Tensor, "out in"], noise: torch.Generator, seen: bool
+) -> dict[str, Tensor]:
+    """Attention over as many tokens as the weight has columns, each of the size of its rows.
+
+    Two pictures or texts, four heads of queries, two of keys.
+    """
+    rows, width = weight.shape
+    keys = torch.stack([weight.float().T, weight.float().T.flip(0)])  # (2, in, out)
+    keys = torch.stack([keys, 3 * keys.roll(1, 1)]) * seen  # (2, 2, in, out)
+    queries = torch.randn(2, 4, width, rows, generator=noise) * seen
+    products = queries @ keys.repeat_interleave(2, dim=1).transpose(2, 3)  # (2, 4, in, in)
+    attentions = (products / rows**0.5).softmax(dim=-1)
+    return {"queries": queries, "keys": keys, "attentions": attentions}
 
 
 def _like(weight: Float[Tensor, "..."], noise: torch.Generator) -> Float[Tensor, "..."]:
