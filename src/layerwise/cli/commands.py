@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import layerwise as lw
 from layerwise import api, report
-from layerwise.cli.parser import WISHES, named_methods, option_flags
+from layerwise.cli.parser import LOCAL, WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
@@ -226,6 +226,44 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def federate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise federate`."""
+    options = _own_options(chosen, given)
+    with Bars() as bars:
+        done = lw.federate(
+            chosen.study,
+            chosen.output,
+            method=chosen.method,
+            options=options.get(f"federate/{chosen.method}"),
+            clients=chosen.clients,
+            alpha=chosen.alpha,
+            fraction=chosen.fraction,
+            rounds=chosen.rounds,
+            network=chosen.network,
+            proxy=chosen.proxy,
+            faults=_faults(chosen.fault),
+            seed=chosen.seed,
+            restart=chosen.restart,
+            progress=bars,
+            **{name: getattr(chosen, name) for name, _, _ in LOCAL},
+        )
+    console().print(report.federation_table(done))
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def _faults(given: Sequence[str]) -> dict[int, str]:
+    """`0=noise` and the like, by client."""
+    try:
+        pairs = [text.split("=", 1) for text in given]
+        return {int(client): fault for client, fault in pairs}
+    except ValueError:
+        raise UserError(
+            f"--fault {' '.join(given)} is not understood.", "Write --fault 0=noise."
+        ) from None
+
+
 def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise run`."""
     steps = _recipe(Path(chosen.recipe))
@@ -312,7 +350,8 @@ def claims(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
-def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+def _own_options(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options of methods that were given, by the method's id."""
     options: dict[str, dict[str, Any]] = {}
     for id in named_methods(given):
         prefix = id.rpartition("/")[2]
@@ -320,6 +359,10 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
             value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
             if value is not None:
                 options.setdefault(id, {})[name.replace("-", "_")] = value
+    return options
+
+
+def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
@@ -327,7 +370,7 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "method": chosen.method,
         **_shared(chosen),
         "tune": tuple(part for part in chosen.tune.split(",") if part),
-        "options": options,
+        "options": _own_options(chosen, given),
     }
 
 

@@ -2,7 +2,7 @@
 
 A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
 compressed model over the original on held-out text: lower is better, 0 is lossless.  On the
-`digits-mlp` it is the share of test images that are misclassified.
+`digits-mlp` and of `digits-clients` it is the share of test images that are misclassified.
 """
 
 import json
@@ -22,11 +22,12 @@ import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
+from layerwise.testing.clients import clients_loss
 from layerwise.testing.digits import digits_loss
 from layerwise.testing.outliers import with_outliers
 
 ASSETS = "LAYERWISE_ASSETS"
-DIGITS = "digits-mlp"
+DIGITS, CLIENTS = "digits-mlp", "digits-clients"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
@@ -130,6 +131,8 @@ class _Run:
         """What it loses; lower is better."""
         if self.model == DIGITS:
             return digits_loss(self.method, json.loads(self.options)["density"])
+        if self.model == CLIENTS:
+            return clients_loss(self.method, json.loads(self.options))
         return excess_loss(self.model, self.verb, self.method, self.options)
 
 
@@ -201,7 +204,7 @@ def judged(loss: float, baseline: float, margin: float, noise: float) -> str:
 
 
 def _is_here(model: str) -> bool:
-    if model == DIGITS:
+    if model in (DIGITS, CLIENTS):
         return True
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
