@@ -4,9 +4,9 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model of any
-format, `stack`, for one that grows and shrinks while it is in use, and `sparsify`, for one that
-leaves work out.
+`evaluate`, `federate`; and `forecast`, which says what carrying out a plan takes, `load`, for a
+model of any format, `stack`, for one that grows and shrinks while it is in use, and `sparsify`, for
+one that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from layerwise.api import (
         compress,
         evaluate,
+        federate,
         forecast,
         load,
         measure,
@@ -30,6 +31,7 @@ __all__ = [
     "UserError",
     "compress",
     "evaluate",
+    "federate",
     "forecast",
     "load",
     "measure",

@@ -18,6 +18,7 @@ from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
+from layerwise.core.rounds import Federation
 from layerwise.core.skipping import Sparse
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
@@ -26,16 +27,20 @@ from layerwise.evaluate.tasks import Tasks
 from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
+from layerwise.flow.federating import Clients
+from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.loading import files_within, load_into
+from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.sparsifying import skipping as _skipping
 from layerwise.flow.sparsifying import sparsified
+from layerwise.flow.studies import Study, study_of
 from layerwise.flow.survey import Survey, everywhere, survey
-from layerwise.flow.sweeping import Setting, points_of, publish
+from layerwise.flow.sweeping import points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.wish import Wish
 
@@ -355,7 +360,7 @@ def sweep(
     points = points_of(wish, methods, budgets, uniform)
     used = {method.id for point in points for method in point.wish.methods()}
     with caches.opened(cache_bytes, lasting=cache) as kept:
-        setting = Setting(
+        setting = Clients(
             str(model),
             Texts(calibration, samples, length, text, text_samples),
             device,
@@ -551,3 +556,61 @@ def evaluate(
     put_tasks = wanted if put else None
     asked = Asked(text, samples, length, noise_floor, put_tasks, images, mean, std, left)
     return assess(model, against, asked, trust_remote_code=trust_remote_code)
+
+
+def federate(
+    study: str | Study = "digits",
+    out: str | Path | None = None,
+    *,
+    method: str = "fedavg",
+    options: Mapping[str, Any] | None = None,
+    clients: int = 10,
+    alpha: float = 0.5,
+    fraction: float = 1.0,
+    rounds: int = 15,
+    network: str = "mlp",
+    proxy: int = 100,
+    faults: Mapping[int, str] | None = None,
+    seed: int = 0,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **local: Any,
+) -> Federation:
+    """Train a model at several clients that keep their samples, round by round, in one process.
+
+    A client that sends NaN, wrong shapes or nothing is left out of the round and reported; the
+    round goes on.  With `out`, a run that was stopped goes on after its last whole round and ends
+    with the same bytes.
+
+    Args:
+        study: Images and labels: `digits`, `mnist`, `cifar10` or a `Study` of your own.
+        out: Directory to make of the model; must not exist.
+        method: How the server joins what clients return.
+        options: Of that method.
+        clients: How many share the samples.
+        alpha: Of the Dirichlet distribution that shares each class out: 0.1 is skewed badly.
+        fraction: Share of the clients that each round asks, at least two of them.
+        rounds: How many there are.
+        network: `mlp`, or `cnn` with batch norms.
+        proxy: Samples that the server holds back, each class alike.
+        faults: Clients that fail every round, by number: nan, shape, nothing or noise.
+        seed: Of everything that is drawn.
+        restart: Throw away a stopped run with other options.
+        progress: Is told of each round.
+        local: Fields of `Local`: epochs, batch, rate, momentum, proximal, learning …
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    setting = Clients(
+        clients, alpha, fraction, rounds, network, Local(**local), proxy, faults, seed
+    )
+    return _federate(
+        study_of(study, seed) if isinstance(study, str) else study,
+        catalogue.get(f"federate/{method}"),
+        options or {},
+        setting,
+        progress or Silent(),
+        out=None if out is None else Path(os.path.abspath(Path(out).expanduser())),
+        restart=restart,
+    )

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import layerwise as lw
 from layerwise import api, report
-from layerwise.cli.parser import WISHES, named_methods, option_flags
+from layerwise.cli.parser import LOCAL, WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
@@ -242,6 +242,44 @@ def _skipping(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
         "options": _own_options(chosen, given).get(f"sparsify/{chosen.sparsify}"),
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def federate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise federate`."""
+    options = _own_options(chosen, given)
+    with Bars() as bars:
+        done = lw.federate(
+            chosen.study,
+            chosen.output,
+            method=chosen.method,
+            options=options.get(f"federate/{chosen.method}"),
+            clients=chosen.clients,
+            alpha=chosen.alpha,
+            fraction=chosen.fraction,
+            rounds=chosen.rounds,
+            network=chosen.network,
+            proxy=chosen.proxy,
+            faults=_faults(chosen.fault),
+            seed=chosen.seed,
+            restart=chosen.restart,
+            progress=bars,
+            **{name: getattr(chosen, name) for name, _, _ in LOCAL},
+        )
+    console().print(report.federation_table(done))
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def _faults(given: Sequence[str]) -> dict[int, str]:
+    """`0=noise` and the like, by client."""
+    try:
+        pairs = [text.split("=", 1) for text in given]
+        return {int(client): fault for client, fault in pairs}
+    except ValueError:
+        raise UserError(
+            f"--fault {' '.join(given)} is not understood.", "Write --fault 0=noise."
+        ) from None
 
 
 def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from layerwise.core.errors import UserError
 
 MODEL_HELP = "model directory, one .safetensors file, hub id, or builtin:tiny"
+NEEDS = ("nothing", "running", "calibration", "gradients", "models", "clients")
 TEXT_HELP = "text file, JSON list of strings, hub data set, or builtin"
 
 
@@ -38,7 +39,7 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        *(_inspect, _plan, _compress, _sweep, _evaluate, _run, _report),
+        *(_inspect, _plan, _compress, _sweep, _evaluate, _federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
         add(commands, arguments)
@@ -245,6 +246,60 @@ def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Non
             section.add_argument(flag, **options)
 
 
+def _federate(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "federate",
+        "train a small model at clients that keep their samples, and join them round by round",
+        "layerwise federate digits --method l_dawa --alpha 0.1 --fault 0=noise",
+        "layerwise federate cifar10 --network cnn --learning contrastive --method l_dawa -o OUT",
+    )
+    made.add_argument("study", metavar="STUDY", help="digits, mnist or cifar10")
+    made.add_argument("-o", "--output", metavar="OUT", help="directory to make of the model")
+    made.add_argument("--method", default="fedavg", metavar="NAME", help="what joins (fedavg)")
+    who = made.add_argument_group("clients")
+    who.add_argument("--clients", type=int, default=10, help="how many share the samples (10)")
+    who.add_argument(
+        "--alpha", type=float, default=0.5, help="how evenly they share each class (0.5)"
+    )
+    who.add_argument("--fraction", type=float, default=1.0, help="share that a round asks (1)")
+    who.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="CLIENT=WHAT",
+        help="a client that sends nan, shape (a wrong one), nothing or noise; may be repeated",
+    )
+    made.add_argument("--rounds", type=int, default=15, help="how many (15)")
+    made.add_argument("--network", default="mlp", help="mlp, or cnn with batch norms (mlp)")
+    made.add_argument(
+        "--proxy", type=int, default=100, help="samples that the server holds back (100)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
+    local = made.add_argument_group("how clients learn")
+    for name, default, words in LOCAL:
+        flag, kind = f"--{name.replace('_', '-')}", type(default)
+        said = f"{words} ({default})"
+        local.add_argument(flag, type=kind, default=default, metavar=kind.__name__, help=said)
+    made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    if arguments[:1] == ["federate"]:
+        _own_flags(made, arguments)
+
+
+# What `flow/locally.py` takes; a test keeps the two in step.
+LOCAL: Sequence[tuple[str, Any, str]] = (
+    ("epochs", 5, "passes over a client's samples in a round"),
+    ("batch", 32, "samples in a step"),
+    ("rate", 0.05, "learning rate of the first round"),
+    ("decay", 1.0, "factor of the rate from round to round"),
+    ("momentum", 0.9, "of the descent, new every round"),
+    ("weight_decay", 0.0, "of the descent"),
+    ("proximal", 0.0, "mu of FedProx, which holds clients near the global model"),
+    ("learning", "supervised", "supervised, or contrastive: without labels"),
+    ("temperature", 0.5, "of contrastive learning"),
+)
+
+
 def _run(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
@@ -284,9 +339,7 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument(
-        "--needs", choices=("nothing", "running", "calibration", "gradients", "models")
-    )
+    made.add_argument("--needs", choices=NEEDS)
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
@@ -357,7 +410,8 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
-    _own_flags(parser, arguments)
+    if verb_of_method(arguments) == "quantize":
+        _own_flags(parser, arguments)
 
 
 def _method(parser: Any) -> None:
@@ -493,6 +547,8 @@ _NAMING = {
     "--by": "measure",
     "--sparsify": "sparsify",
 }
+# Commands that are a verb.
+_VERBS = frozenset({"federate"})
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
@@ -505,12 +561,19 @@ WISHES = (
 def named_methods(arguments: Sequence[str]) -> list[str]:
     """Ids of the methods that a command line names."""
     found: list[str] = []
+    naming = {**_NAMING, "--method": verb_of_method(arguments)}
     for position, word in enumerate(arguments):
         flag, equals, value = word.partition("=")
-        if flag in _NAMING:
+        if flag in naming:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found.append(f"{_NAMING[flag]}/{value}")
+            found.append(f"{naming[flag]}/{value}")
     return found
+
+
+def verb_of_method(arguments: Sequence[str]) -> str:
+    """The verb that `--method` names a method of: the command's own, where it has one."""
+    command = next(iter(arguments), "")
+    return command if command in _VERBS else _NAMING["--method"]
 
 
 def option_flags(id: str) -> dict[str, inspect.Parameter]:

@@ -21,9 +21,9 @@ from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
-Need = Literal["nothing", "running", "calibration", "gradients", "models"]
+Need = Literal["nothing", "running", "calibration", "gradients", "models", "clients"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "sparsify")
+VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "sparsify", "federate")
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -51,15 +51,29 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
+        "server": "clients",  # (...), the global model's tensor before the round
+        "clients": "clients",  # (clients, ...), the same tensor as each client returned it
+        "counts": "clients",  # (clients,), samples that each client learned from
+        "state": "clients",  # tensors by name, what the method kept the round before; first none
+        "proxy": "clients",  # loss on the server's own examples, of such a tensor as `server`
     }
 )
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
-_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "running", "calibration", "gradients", "models")
+_CHEAPEST_FIRST: tuple[Need, ...] = (
+    "nothing",
+    "running",
+    "calibration",
+    "gradients",
+    "models",
+    "clients",
+)
 
 # Options that a plan says for each layer, or a budget for all of them; `fold` says whether
 # something that feeds the layer can take its scales.
 _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
+# Verbs whose work no plan says.
+_UNPLANNED = frozenset({"federate"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
@@ -67,6 +81,10 @@ _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget",
 #   layer        a row's result depends on its whole layer (the default)
 #   input        layers that read the same input must be given together, stacked by rows
 Rows = Literal["independent", "layer", "input"]
+
+# What a method is given at once: one layer's tensor, what belongs to a block, or the parameters of
+# a whole model, flat and one after the other.
+Unit = Literal["layer", "block", "model"]
 
 # What the codes of a quantizer stand for, which tells a format whether it has a place for them:
 #   integer   evenly spaced points, code - zero
@@ -128,7 +146,7 @@ class Method:
     claims: tuple[Claim, ...]
     exempt: Mapping[str, str]
     rows: Rows
-    unit: Literal["layer", "block"]
+    unit: Unit
     codes: Codes = "integer"
     widths: Sequence[int] = WIDTHS
     nested: bool = False
@@ -172,7 +190,8 @@ class Method:
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:
         """The options that neither a layer's plan nor a budget sets."""
-        return {name: option for name, option in self.options.items() if name not in _PLANNED}
+        planned = frozenset[str]() if self.verb in _UNPLANNED else _PLANNED
+        return {name: option for name, option in self.options.items() if name not in planned}
 
     @property
     def must_fold(self) -> bool:
@@ -201,7 +220,7 @@ class Verb(Generic[R]):
         claims: tuple[Claim, ...] = (),
         exempt: Mapping[str, str] = MappingProxyType({}),
         rows: Rows = "layer",
-        unit: Literal["layer", "block"] = "layer",
+        unit: Unit = "layer",
         codes: Codes = "integer",
         widths: Sequence[int] = WIDTHS,
         nested: bool = False,
@@ -218,8 +237,8 @@ class Verb(Generic[R]):
             claims: The inequalities that `layerwise claims` checks; baselines have none.
             exempt: Laws this method breaks by design, each with the reason.
             rows: How the rows of a weight hang together; a law holds methods to it.
-            unit: What a measure scores, or codes are learned for: one layer, or one block with all
-                its layers.
+            unit: What a measure scores, codes are learned for or clients are joined in: one layer,
+                one block with all its layers, or the whole model.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
             nested: The correction of a lower rank is the first part of one of a higher rank; an

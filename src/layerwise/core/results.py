@@ -4,7 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -442,3 +443,15 @@ class LowRank:
     def product(self) -> Float[Tensor, "out in"]:
         """The correction as one matrix."""
         return self.left @ self.right
+
+
+class Aggregated(NamedTuple):
+    """One tensor of the global model after a round.
+
+    Attributes:
+        weight: What the server holds now, of the clients' shape, in float32 or wider.
+        state: What the method needs of this tensor the next round, by name.
+    """
+
+    weight: Float[Tensor, "..."]
+    state: Mapping[str, Tensor] = MappingProxyType({})

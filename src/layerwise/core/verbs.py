@@ -4,7 +4,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
-from layerwise.core.results import Coded, LowRank, Pruned
+from layerwise.core.results import Aggregated, Coded, LowRank, Pruned
 
 # How important or how damaged a layer (or a block) is: one number, higher is more.
 measure: Verb[float] = Verb("measure")
@@ -25,3 +25,6 @@ compensator: Verb[LowRank] = Verb("compensate", requires=frozenset({"rank"}))
 # What is done of the work that the last axis of the evidence stands for, as a model runs: True
 # where it is done.  `density` is the fraction that is.
 sparsifier: Verb[Bool[Tensor, "..."]] = Verb("sparsify", requires=frozenset({"density"}))
+
+# What several clients made of one tensor of a model, as one again.
+federator: Verb[Aggregated] = Verb("federate")

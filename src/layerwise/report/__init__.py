@@ -6,6 +6,7 @@ from layerwise.report.pages import page
 from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
     claims_table,
+    federation_table,
     forecast_line,
     layer_table,
     methods_table,
@@ -19,6 +20,7 @@ from layerwise.report.tables import (
 __all__ = [
     "claims_table",
     "evaluation",
+    "federation_table",
     "forecast_line",
     "html",
     "layer_table",

@@ -13,6 +13,7 @@ from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
+from layerwise.core.rounds import Federation
 from layerwise.core.structure import Structure
 from layerwise.report.figures import figure, share, windows_line
 
@@ -208,6 +209,36 @@ def sweep_table(sweep: Sweep) -> Group:
     lines = [
         f"{sweep.model}, compared on {sweep.text}; * is beaten by no other point",
         *(f"note: {note}" for note in sweep.notes),
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def federation_table(done: Federation) -> Group:
+    """One row per round, and what came of them."""
+    table = _table(
+        ("round", "right"),
+        ("clients", "right"),
+        ("accuracy", "right"),
+        ("loss", "right"),
+        ("their loss", "right"),
+        ("left out", "left"),
+    )
+    for row in done.rounds:
+        table.add_row(
+            str(row.round),
+            str(len(row.clients)),
+            f"{row.accuracy:.2%}",
+            _number(row.loss),
+            _number(row.local_loss),
+            "; ".join(f"client {client} {why}" for client, why in row.excluded.items()),
+        )
+    idle = sum(not count for count in done.counts)
+    lines = [
+        f"{done.study}, {done.method}: accuracy {done.accuracy:.2%} over the last rounds",
+        f"samples of each client: {', '.join(map(str, done.counts))}"
+        + f"; {idle} have none and are never asked" * bool(idle),
+        *(f"note: {note}" for note in done.notes),
+        *([f"the model: {done.out}"] if done.out else []),
     ]
     return Group(table, *(Text(line) for line in lines))
 

@@ -2,8 +2,8 @@
 
 A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
 compressed model over the original on held-out text: lower is better, 0 is lossless.  For the verb
-`sparsify` nothing is compressed: the model leaves work out while it runs.  On the `digits-mlp` the
-loss is the share of test images that are misclassified.
+`sparsify` nothing is compressed: the model leaves work out while it runs.  On the `digits-mlp` and
+of `digits-clients` the loss is the share of test images that are misclassified.
 """
 
 import json
@@ -23,11 +23,12 @@ import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
+from layerwise.testing.clients import clients_loss
 from layerwise.testing.digits import digits_loss
 from layerwise.testing.outliers import with_outliers
 
 ASSETS = "LAYERWISE_ASSETS"
-DIGITS = "digits-mlp"
+DIGITS, CLIENTS = "digits-mlp", "digits-clients"
 SPARSIFY = "sparsify"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
@@ -132,6 +133,8 @@ class _Run:
         """What it loses; lower is better."""
         if self.model == DIGITS:
             return digits_loss(self.method, json.loads(self.options)["density"])
+        if self.model == CLIENTS:
+            return clients_loss(self.method, json.loads(self.options))
         if self.verb == SPARSIFY:
             return running_loss(self.model, self.method, self.options)
         return excess_loss(self.model, self.verb, self.method, self.options)
@@ -224,7 +227,7 @@ def running_loss(model: str, name: str, options: str) -> float:
 
 
 def _is_here(model: str) -> bool:
-    if model == DIGITS:
+    if model in (DIGITS, CLIENTS):
         return True
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
