@@ -68,6 +68,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "show a model's layers, what is left alone, and measures",
         "layerwise inspect builtin:tiny",
         "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
+        "layerwise inspect MODEL --measure concept_depth --labels reviews.tsv",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
@@ -77,6 +78,12 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     _grid(made)
     _method(made)
     _calibration(made)
+    probed = made.add_argument_group("labelled texts, for probes")
+    probed.add_argument(
+        "--labels", metavar="FILE", help="lines of text, tab, label; JSON lines; or a directory"
+    )
+    probed.add_argument("--label-examples", type=int, default=1000, help="texts of it (1000)")
+    _own(made, arguments)
     _machine(made)
 
 
@@ -244,7 +251,9 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument("--needs", choices=("nothing", "calibration", "gradients", "models"))
+    made.add_argument(
+        "--needs", choices=("nothing", "calibration", "labels", "gradients", "models")
+    )
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
@@ -315,6 +324,11 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
+    _own(parser, arguments)
+
+
+def _own(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The options of the methods that a command line names."""
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)
         for flag, options in flags:
@@ -452,6 +466,7 @@ _NAMING = {
     "--compensator": "compensate",
     "--allocate": "allocate",
     "--by": "measure",
+    "--measure": "measure",  # several, with commas
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
@@ -469,7 +484,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in _NAMING:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found.append(f"{_NAMING[flag]}/{value}")
+            found += [f"{_NAMING[flag]}/{name}" for name in value.split(",") if name]
     return found
 
 
