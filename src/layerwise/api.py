@@ -15,6 +15,7 @@ from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
+from layerwise.core.labelled import Labels
 from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
@@ -76,6 +77,8 @@ def measure(
     calibration: Text | None = None,
     samples: int = 64,
     length: int = 256,
+    labels: Labels | None = None,
+    label_examples: int = 1000,
     levels: Sequence[int] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -89,7 +92,9 @@ def measure(
         measures: Names of measures; those that compare see the first level, or 4 bits.
         calibration: Text to gather evidence on.
         samples: Windows of it.
-        length: Tokens per window.
+        length: Tokens per window, and the most of a labelled text.
+        labels: Texts of known classes: a file, a directory, or pairs of a text and its class.
+        label_examples: How many of them.
         levels: Widths to find the error of every layer at.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -98,7 +103,8 @@ def measure(
     """
     names = [measures] if isinstance(measures, str) else measures
     chosen = [catalogue.get(f"measure/{name}") for name in names]
-    asked, texts = Wish(**wish), Texts(calibration, samples, length)
+    texts = Texts(calibration, samples, length, labels=labels, label_examples=label_examples)
+    asked = Wish(**wish)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
     source = rewritten(open_source(model), asked.rewriting, texts, **where)
     found = structure(source)

@@ -30,6 +30,7 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     measures = [name for name in chosen.measure.split(",") if name]
     widths = _widths("--bits", chosen.bits)
     scores: dict[str, Mapping[str, float]] = {}
+    about: Mapping[str, Mapping[str, float]] = {}
     if measures:
         with Bars() as bars:
             looked = lw.measure(
@@ -37,19 +38,23 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 measures,
                 **_calibration(chosen),
                 **_machine(chosen),
+                labels=chosen.labels,
+                label_examples=chosen.label_examples,
                 levels=widths if _compares(measures) else (),
                 progress=bars,
                 method=chosen.method,
+                options=_own_options(chosen, given),
                 **_grid(chosen),
             )
-        scores |= looked.scores
+        scores |= looked.columns
+        about = looked.about
         if ERROR in measures and len(widths) > 1:
             del scores[ERROR]
             for place, bits in enumerate(widths):
                 scores[f"{ERROR}_{bits}"] = {n: curve[place] for n, curve in looked.errors.items()}
-    console().print(report.structure_table(opened.source, opened.structure, scores))
+    console().print(report.structure_table(opened.source, opened.structure, scores, about))
     if chosen.json:
-        _print_json(report.structure_json(opened.source, opened.structure, scores))
+        _print_json(report.structure_json(opened.source, opened.structure, scores, about))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from layerwise.core.errors import UserError
 
 MODEL_HELP = "model directory, one .safetensors file, hub id, or builtin:tiny"
-NEEDS = ("nothing", "running", "calibration", "gradients", "models", "clients")
+NEEDS = ("nothing", "running", "calibration", "labels", "gradients", "models", "clients")
 TEXT_HELP = "text file, JSON list of strings, hub data set, or builtin"
 
 
@@ -69,6 +69,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "show a model's layers, what is left alone, and measures",
         "layerwise inspect builtin:tiny",
         "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
+        "layerwise inspect MODEL --measure concept_depth --labels reviews.tsv",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
@@ -78,6 +79,12 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     _grid(made)
     _method(made)
     _calibration(made)
+    probed = made.add_argument_group("labelled texts, for probes")
+    probed.add_argument(
+        "--labels", metavar="FILE", help="lines of text, tab, label; JSON lines; or a directory"
+    )
+    probed.add_argument("--label-examples", type=int, default=1000, help="texts of it (1000)")
+    _own_flags(made, arguments)
     _machine(made)
 
 
@@ -546,6 +553,7 @@ _NAMING = {
     "--allocate": "allocate",
     "--by": "measure",
     "--sparsify": "sparsify",
+    "--measure": "measure",  # several, with commas
 }
 # Commands that are a verb.
 _VERBS = frozenset({"federate"})
@@ -566,7 +574,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in naming:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found.append(f"{naming[flag]}/{value}")
+            found += [f"{naming[flag]}/{name}" for name in value.split(",") if name]
     return found
 
 

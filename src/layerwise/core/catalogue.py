@@ -21,7 +21,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
-Need = Literal["nothing", "running", "calibration", "gradients", "models", "clients"]
+Need = Literal["nothing", "running", "calibration", "labels", "gradients", "models", "clients"]
 
 VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "sparsify", "federate")
 
@@ -48,6 +48,25 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
+        # Of a block: what it does to the residual stream, and what hangs on that.
+        "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
+        "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
+        # Log-probabilities of the next token, one (windows, length, vocabulary) per batch of the
+        # first windows, readable more than once: as the model answers; as it would if its stream
+        # ended before the block; without the block; without it for all tokens of a window but the
+        # first; without it for the tokens of a window's first half, less its first.
+        "answers": "calibration",
+        "lens": "calibration",
+        "removed": "calibration",
+        "skipped": "calibration",
+        "frozen": "calibration",
+        "ids": "calibration",  # (windows, length), the tokens of those windows
+        # (later, windows, length): how far what each later block adds to the stream changes when
+        # the block is `skipped` or `frozen`, as a share of what it adds else.
+        "skip_effects": "calibration",
+        "freeze_effects": "calibration",
+        "states": "labels",  # (examples, width), what a block answers at a text's last token
+        "labels": "labels",  # (examples,), the class of each text, from 0
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
@@ -64,6 +83,7 @@ _CHEAPEST_FIRST: tuple[Need, ...] = (
     "nothing",
     "running",
     "calibration",
+    "labels",
     "gradients",
     "models",
     "clients",
@@ -155,6 +175,7 @@ class Method:
     learns: Callable[..., Learned] | None = None
     settles: Callable[..., Mapping[str, Any]] | None = None
     fine: bool = False
+    across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -185,7 +206,12 @@ class Method:
     @property
     def calibrated(self) -> bool:
         """It reads what only a calibration text can show."""
-        return self.needs in GATHERED
+        return any(EVIDENCE[word] in GATHERED for word in self.evidence)
+
+    @property
+    def labelled(self) -> bool:
+        """It reads what only texts of known classes can show."""
+        return any(EVIDENCE[word] == "labels" for word in self.evidence)
 
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:
@@ -229,6 +255,7 @@ class Verb(Generic[R]):
         learns: Callable[..., Learned] | None = None,
         settles: Callable[..., Mapping[str, Any]] | None = None,
         fine: bool = False,
+        across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -253,6 +280,8 @@ class Verb(Generic[R]):
                 before weights are read: takes the weight, (out, in), and every option, and returns
                 fields of the layer's plan, of which `why` says the reason.
             fine: An allocator by scores sets each item's density by itself, and is offered many.
+            across: What a measure says of the whole model: numbers by name, from its records of
+                all blocks (or layers) in their order.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -277,6 +306,7 @@ class Verb(Generic[R]):
                 learns,
                 settles,
                 fine,
+                across,
             )
             self._check(method)
             _methods[method.id] = method

@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
 
 def structure_table(
-    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
+    source: Source,
+    found: Structure,
+    scores: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, Mapping[str, float]],
 ) -> Group:
-    """The layers of a model with their scores, and what is left alone."""
+    """The layers of a model with their scores, what measures say of it all, what is left alone."""
     table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
     for name in scores:
         table.add_column(name, justify="right")
     for layer in found.layers.values():
         size = layer.count * source.tensors[layer.tensor].dtype.itemsize
-        values = [f"{scores[name][layer.name]:.4g}" for name in scores]
+        known = [scores[name].get(layer.name) for name in scores]
+        values = ["" if value is None else f"{value:.4g}" for value in known]
         table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
@@ -43,11 +47,18 @@ def structure_table(
         f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
         f"work on, {_mb(total)} MB in all"
     )
-    return Group(table, alone, Text(line))
+    told = [
+        Text(f"{measure}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        for measure, found in about.items()
+    ]
+    return Group(table, *told, alone, Text(line))
 
 
 def structure_json(
-    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
+    source: Source,
+    found: Structure,
+    scores: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """The same as JSON."""
     layers = [
@@ -61,11 +72,12 @@ def structure_json(
             "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
             "reads_with": layer.reads,
             "fused_with": layer.fused,
-            **{name: scores[name][layer.name] for name in scores},
+            **{name: scores[name].get(layer.name) for name in scores},
         }
         for layer in found.layers.values()
     ]
-    return {"model": source.label, "layers": layers, "left": dict(found.left)}
+    told = {measure: dict(values) for measure, values in about.items()}
+    return {"model": source.label, "layers": layers, "left": dict(found.left), "about": told}
 
 
 def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
