@@ -29,8 +29,9 @@ from layerwise.flow.identity import candidates_of
 from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
+from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
+from layerwise.flow.rewriting import rewritten
 from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
@@ -92,7 +93,7 @@ def measure(
     chosen = [catalogue.get(f"measure/{name}") for name in names]
     asked, texts = Wish(**wish), Texts(calibration, samples, length)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    source = rewritten(open_source(model), asked.rewriting, texts, options=asked.options, **where)
     found = structure(source)
     wanted = asked.fitted(found)
     comparing = any("approximation" in method.evidence for method in chosen)
@@ -151,7 +152,7 @@ def plan(
     wanted = Wish(**wish)
     texts = Texts(calibration, samples, length, text, text_samples)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), wanted.rewriting, texts, **where)
+    source = rewritten(open_source(model), wanted.rewriting, texts, options=wanted.options, **where)
     prepared = prepare(
         source,
         structure(source),
@@ -205,7 +206,7 @@ def forecast(
     """
     texts = Texts(calibration, samples, length, text, text_samples, noise_floor)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), plan.rewriting, texts, **where)
+    source = rewritten(open_source(model), plan.rewriting, texts, options=plan.options, **where)
     prepared = prepare(
         source,
         structure(source),

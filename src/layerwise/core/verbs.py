@@ -4,7 +4,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
-from layerwise.core.results import Coded, LowRank, Pruned
+from layerwise.core.results import Coded, LowRank, Narrowed, Pruned
 
 # How important or how damaged a layer (or a block) is: one number, higher is more.
 measure: Verb[float] = Verb("measure")
@@ -21,3 +21,7 @@ pruner: Verb[Pruned] = Verb("prune", requires=frozenset({"density"}))
 
 # What is left over when an approximation replaces a weight, as two thin matrices.
 compensator: Verb[LowRank] = Verb("compensate", requires=frozenset({"rank"}))
+
+# `density` is the fraction kept of the units in which the channels lie that a layer reads: `units`
+# equal runs, one after the other.  The weight is that of this layer.
+narrower: Verb[Narrowed] = Verb("narrow", requires=frozenset({"density", "units"}))
