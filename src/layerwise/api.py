@@ -35,8 +35,9 @@ from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
+from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
+from layerwise.flow.rewriting import rewritten
 from layerwise.flow.sparsifying import skipping as _skipping
 from layerwise.flow.sparsifying import sparsified
 from layerwise.flow.studies import Study, study_of
@@ -106,7 +107,7 @@ def measure(
     texts = Texts(calibration, samples, length, labels=labels, label_examples=label_examples)
     asked = Wish(**wish)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    source = rewritten(open_source(model), asked.rewriting, texts, options=asked.options, **where)
     found = structure(source)
     wanted = asked.fitted(found)
     comparing = any("approximation" in method.evidence for method in chosen)
@@ -165,7 +166,7 @@ def plan(
     wanted = Wish(**wish)
     texts = Texts(calibration, samples, length, text, text_samples)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), wanted.rewriting, texts, **where)
+    source = rewritten(open_source(model), wanted.rewriting, texts, options=wanted.options, **where)
     prepared = prepare(
         source,
         structure(source),
@@ -219,7 +220,7 @@ def forecast(
     """
     texts = Texts(calibration, samples, length, text, text_samples, noise_floor)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), plan.rewriting, texts, **where)
+    source = rewritten(open_source(model), plan.rewriting, texts, options=plan.options, **where)
     prepared = prepare(
         source,
         structure(source),

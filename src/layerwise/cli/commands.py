@@ -121,10 +121,12 @@ def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise compress`."""
     sized = chosen.budget or chosen.max_kl is not None
     wanted = chosen.plan or sized or chosen.bits is not None
-    if not wanted and chosen.density == 1 and not chosen.rank:
+    removed = chosen.density != 1 or chosen.pattern or chosen.narrow or chosen.drop_blocks
+    if not wanted and not removed and not chosen.rank:
         raise UserError(
             "nothing was asked for.",
-            "Give --plan FILE, --budget 3.5bits, --bits 4, --density 0.5 or --rank 16.",
+            "Give --plan FILE, --budget 3.5bits, --bits 4, --density 0.5, --pattern 2:4, "
+            "--narrow flap --keep 0.8, --drop-blocks 1 or --rank 16.",
         )
     if chosen.plan:
         _refuse_wishes(given)
@@ -404,6 +406,12 @@ def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
+        "pattern": chosen.pattern,
+        "narrow": chosen.narrow,
+        "keep": chosen.keep,
+        "widths": chosen.widths,
+        "drop_blocks": chosen.drop_blocks,
+        "drop_by": chosen.drop_by,
         "rank": chosen.rank,
         "compensator": chosen.compensator,
         "activation": chosen.activation,

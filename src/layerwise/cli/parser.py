@@ -114,6 +114,8 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise compress builtin:tiny -o small --bits 4 --group 32 --symmetric",
         "layerwise compress MODEL -o OUT --budget 3.5bits --method gptq --calibration text.txt \\",
         "    --group 32 --symmetric --format compressed-tensors",
+        "layerwise compress MODEL -o OUT --pruner sparsegpt --pattern 2:4 --calibration text.txt",
+        "layerwise compress MODEL -o OUT --narrow flap --keep 0.8 --calibration text.txt",
         "layerwise compress MODEL -o OUT --plan plan.yaml --calibration text.txt",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -452,6 +454,36 @@ def _levels(how: Any) -> None:
     how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
     how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
     how.add_argument(
+        "--pattern",
+        default="",
+        metavar="N:M",
+        help="keep n of every m inputs of a row, such as 2:4; says the density, too",
+    )
+    how.add_argument(
+        "--narrow",
+        default="",
+        metavar="NAME",
+        help="take out whole heads and channels first, as flap says; the model is smaller then",
+    )
+    how.add_argument(
+        "--keep", type=float, default=1.0, help="fraction of the weights of layers that stays then"
+    )
+    how.add_argument(
+        "--widths",
+        choices=("shared", "own"),
+        default="shared",
+        help="whether all blocks keep as many units, or each its own number, as zeros (shared)",
+    )
+    how.add_argument(
+        "--drop-blocks", type=int, default=0, metavar="N", help="take out so many blocks first"
+    )
+    how.add_argument(
+        "--drop-by",
+        default="lim",
+        metavar="MEASURE",
+        help="the measure of blocks by which the least important go (lim)",
+    )
+    how.add_argument(
         "--activation",
         default="",
         metavar="SCHEME",
@@ -550,6 +582,8 @@ _NAMING = {
     "--method": "quantize",
     "--pruner": "prune",
     "--compensator": "compensate",
+    "--narrow": "narrow",
+    "--drop-by": "measure",
     "--allocate": "allocate",
     "--by": "measure",
     "--sparsify": "sparsify",
@@ -562,7 +596,8 @@ WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
-    "--rotate", "--rotate-seed", "--scale-keys", "--tune",
+    "--rotate", "--rotate-seed", "--scale-keys", "--tune", "--pattern", "--narrow", "--keep",
+    "--widths", "--drop-blocks", "--drop-by",
 )  # fmt: skip
 
 

@@ -23,7 +23,16 @@ from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "running", "calibration", "labels", "gradients", "models", "clients"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "sparsify", "federate")
+VERBS = (
+    "measure",
+    "allocate",
+    "quantize",
+    "prune",
+    "narrow",
+    "compensate",
+    "sparsify",
+    "federate",
+)
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -31,6 +40,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "weight": "nothing",  # (out, in), one linear layer
         "weights": "nothing",  # one tensor per layer, readable more than once
         "shapes": "nothing",  # one tuple per item, the sides of its weight
+        "filters": "nothing",  # (in, fan), what makes each channel that the layer reads
+        "shifts": "nothing",  # (in,), what is added to each of those channels
         "approximation": "nothing",  # (out, in), what a transform made of the weight
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept
@@ -44,6 +55,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "outputs": "calibration",  # (tokens, out), what the layer or block answered
         "norm": "calibration",  # (in,), root of the mean of x^2 over tokens
         "norms": "calibration",  # one (in,) per layer of a block, the norm of what it reads
+        "mean": "calibration",  # (in,), mean of x over tokens
+        "variance": "calibration",  # (in,), mean of (x - mean)^2 over tokens
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens

@@ -13,7 +13,7 @@ from layerwise.core.activation import Scheme, kind, needing, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.results import Layout
-from layerwise.core.rewriting import Rewriting, Rotate
+from layerwise.core.rewriting import Rewriting, Rotate, Widths
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
 
@@ -124,7 +124,7 @@ class Plan:
         inputs: What calibration shows methods: what layers see after earlier blocks were
             transformed, or in the original model.
         server: What is to load the output, whose rules the plan must keep; "" for any.
-        rewriting: What the model becomes before all else, while it stays the same function.
+        rewriting: What the model becomes before all else: other bases, fewer units or blocks.
         tune: What is tuned once layers are transformed: statistics of batch norms, biases.
     """
 
@@ -149,7 +149,14 @@ class Plan:
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
+        ids.update(removers(self.rewriting))
         return [catalogue.get(id) for id in sorted(ids)]
+
+
+def removers(rewriting: Rewriting) -> list[str]:
+    """The methods, by id, that say which blocks or units go."""
+    blocks = [f"measure/{rewriting.drop_by}"] if rewriting.drop_blocks else []
+    return [*blocks, *([f"narrow/{rewriting.narrow}"] if rewriting.narrow else [])]
 
 
 def tuning(asked: Sequence[Tune]) -> list[str]:
@@ -175,18 +182,33 @@ def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
 
 
 # Entries of a plan's file that say what the model becomes before all else.
-_REWRITING: Mapping[str, Any] = {"rotate": Rotate, "rotate_seed": int, "scale_keys": bool}
+_REWRITING: Mapping[str, Any] = {
+    "drop_blocks": int,
+    "drop_by": str,
+    "narrow": str,
+    "keep": float,
+    "widths": Widths,
+    "rotate": Rotate,
+    "rotate_seed": int,
+    "scale_keys": bool,
+}
 _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 
 
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
-    head: dict[str, str | int | list[Tune]] = {"model": model, "format": plan.format}
+    head: dict[str, str | float | list[Tune]] = {"model": model, "format": plan.format}
     if plan.server:
         head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
     head["inputs"] = plan.inputs
+    if plan.rewriting.drop_blocks:
+        first = plan.rewriting
+        head |= {"drop_blocks": first.drop_blocks, "drop_by": first.drop_by}
+    if plan.rewriting.narrow:
+        first = plan.rewriting
+        head |= {"narrow": first.narrow, "keep": first.keep, "widths": first.widths}
     if plan.rewriting.rotate != "none":
         head |= {"rotate": plan.rewriting.rotate, "rotate_seed": plan.rewriting.seed}
     if plan.rewriting.scale_keys:
@@ -210,13 +232,41 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_rewriting(file: Path) -> tuple[Rewriting, Mapping[str, Mapping[str, Any]]]:
+    """What a plan file has a model become before its layers are looked at, and all its options.
+
+    Raises:
+        UserError: It is no plan.
+    """
+    content = _content(file)
+    return _rewriting(content, file), content["options"]
+
+
 def read_plan(file: Path, found: Structure) -> Plan:
-    """Read a plan file and lay its patterns over a model's layers.
+    """Read a plan file and lay its patterns over the layers of a model, rewritten by now.
 
     Raises:
         UserError: It is no plan, names an unknown layer, field or method, leaves a layer out,
             or two patterns claim one layer.
     """
+    content = _content(file)
+    options, format = content["options"], content.get("format", "dense")
+    # YAML reads a bare 1 as a number; names are text.
+    layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
+    if not isinstance(format, str):
+        raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
+    inputs = content.get("inputs", "transformed")
+    if inputs not in get_args(Inputs):
+        raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
+    budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
+    tune = content.get("tune") or ()
+    check_types(str(file), {"tune": tune}, {"tune": Sequence[Tune]})
+    first = _rewriting(content, file)
+    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune))
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A plan's entries, with its options at least empty."""
     content = read_yaml(file, "plan", "`layerwise plan` writes one.")
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
@@ -227,27 +277,20 @@ def read_plan(file: Path, found: Structure) -> Plan:
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
             f"Known: {sorted(known)}.",
         )
-    options, format = content.get("options") or {}, content.get("format", "dense")
+    options = content.get("options") or {}
     if not fits(options, Mapping[str, Mapping[str, Any]]):
         raise UserError(
             f"{file}: `options` is not a mapping of methods.",
             "Write quantize/gptq: {damping: 0.1}.",
         )
-    # YAML reads a bare 1 as a number; names are text.
-    layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
-    if not isinstance(format, str):
-        raise UserError(f"{file} has format: {format!r}.", "Write its name, such as dense.")
-    inputs = content.get("inputs", "transformed")
-    if inputs not in get_args(Inputs):
-        raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
-    budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
-    rewriting = {name: content[name] for name in _REWRITING if name in content}
-    check_types(str(file), rewriting, _REWRITING)
-    rotation = {"seed": rewriting.pop("rotate_seed")} if "rotate_seed" in rewriting else {}
-    first = Rewriting(**rewriting, **rotation)
-    tune = content.get("tune") or ()
-    check_types(str(file), {"tune": tune}, {"tune": Sequence[Tune]})
-    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune))
+    return {**content, "options": options}
+
+
+def _rewriting(content: Mapping[str, Any], file: Path) -> Rewriting:
+    given = {name: content[name] for name in _REWRITING if name in content}
+    check_types(str(file), given, _REWRITING)
+    seed = {"seed": given.pop("rotate_seed")} if "rotate_seed" in given else {}
+    return Rewriting(**given, **seed)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
@@ -313,7 +356,7 @@ def check_plan(plan: Plan, found: Structure) -> None:
             _check_rows(id, found.layers[name], plan, found)
     for item in found.items():
         _check_fused(item, plan)
-    if not any(layer.steps for layer in plan.layers.values()):
+    if not (plan.rewriting.removes or any(layer.steps for layer in plan.layers.values())):
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 
 

@@ -434,6 +434,26 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrowed:
+    """Which units of a layer's inputs stay, and what stands in for those that go.
+
+    Attributes:
+        kept: True where a unit stays; one does at least.
+        scores: How much each unit matters, comparable between layers; higher is more.
+        bias: What is added to the layer's answer, for all that went.
+        weight: What reads the channels that stay; its other columns are 0.0.  None where no weight
+            that stays is another.
+        notes: What the method had to do that its caller should know, for the report.
+    """
+
+    kept: Bool[Tensor, " units"]
+    scores: Float[Tensor, " units"]
+    bias: Float[Tensor, " out"]
+    weight: Float[Tensor, "out in"] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """A correction `left @ right` to add to an approximation of a weight."""
 

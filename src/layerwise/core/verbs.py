@@ -4,7 +4,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
-from layerwise.core.results import Aggregated, Coded, LowRank, Pruned, Score
+from layerwise.core.results import Aggregated, Coded, LowRank, Narrowed, Pruned, Score
 
 # How important or how damaged a layer (or a block) is: one number, higher is more; or a record of
 # numbers by name, whose first is that one.  The names are the same for all layers.
@@ -29,3 +29,7 @@ sparsifier: Verb[Bool[Tensor, "..."]] = Verb("sparsify", requires=frozenset({"de
 
 # What several clients made of one tensor of a model, as one again.
 federator: Verb[Aggregated] = Verb("federate")
+
+# `density` is the fraction kept of the units in which the channels lie that a layer reads: `units`
+# equal runs, one after the other.  The weight is that of this layer.
+narrower: Verb[Narrowed] = Verb("narrow", requires=frozenset({"density", "units"}))

@@ -297,11 +297,14 @@ class _Block:
         answers: Mapping[str, Answer] | None = None,
     ) -> None:
         for name in names:
-            hidden = self.states[name]
-            runner = _runs(self.runner, name)
-            parts = runner.carry(self.block, hidden, changed, answers=answers)
-            step = _step(self.block)
-            self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
+            runner, blocks = self.runner, [self.block]
+            if name in _ORIGINAL:
+                runner, blocks = runner.original, runner.originals(self.block)
+            for block in blocks:
+                hidden = self.states[name]
+                parts = runner.carry(block, hidden, changed, answers=answers)
+                step = _step(block)
+                self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 
     def _transform(
         self,

@@ -16,7 +16,7 @@ from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Checkpoint, ModuleSource
 from layerwise.core.packing import raw_bytes
 from layerwise.core.plan import Plan
-from layerwise.core.rewriting import Rewritten, original
+from layerwise.core.rewriting import original, told_of
 from layerwise.flow.preparing import Prepared
 
 _CHUNK = 1 << 24
@@ -38,7 +38,7 @@ def _digest(prepared: Prepared, asked: Any) -> str:
     """Digest of what is asked for, and of the model, texts and device it is asked of."""
     source = original(prepared.source)
     said = [__version__, asked, dict(source.config), _device(prepared), prepared.noise_floor]
-    said.append(_rewriting(prepared))
+    said.append(told_of(prepared.source))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
@@ -63,7 +63,7 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
     if text is None or cache.folder is None:
         return Candidates(Cache(None), "")
     said = [__version__, torch.__version__, _code(), dict(source.config), _device(prepared)]
-    said.append(_rewriting(prepared))
+    said.append(told_of(prepared.source))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     if isinstance(source, Checkpoint):
         for file in sorted(set(source.files.values())):
@@ -75,10 +75,6 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
     digest.update(f"{tuple(text.ids.shape)}".encode())
     digest.update(raw_bytes(text.ids))
     return Candidates(cache, digest.hexdigest())
-
-
-def _rewriting(prepared: Prepared) -> str:
-    return prepared.source.told if isinstance(prepared.source, Rewritten) else ""
 
 
 def _device(prepared: Prepared) -> str:

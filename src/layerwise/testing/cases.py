@@ -60,6 +60,10 @@ def evidence(
         "outputs": inputs @ weight.float().T if "weight" in words else inputs.roll(1, 0) + inputs,
         "gram": inputs.T @ inputs / len(inputs),  # (in, in)
         "norm": norm,
+        "mean": inputs.mean(dim=0),  # (in,)
+        "variance": inputs.var(dim=0, correction=0),  # (in,)
+        "filters": torch.randn(weight.shape[1], 18, generator=noise),  # (in, fan)
+        "shifts": torch.randn(weight.shape[1], generator=noise) / 4,  # (in,)
         "norms": tuple(norm * (1 + place) for place, _ in enumerate(weights)),
         "magnitude": inputs.abs().mean(dim=0),  # (in,)
         "peak": inputs.abs().amax(dim=0),  # (in,)
@@ -102,6 +106,7 @@ def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
         "bits": width(method, 4),
         "symmetric": False,
         "density": 0.5,
+        "units": weight.shape[1],
         "rank": min(4, *weight.shape),
         "budget": (least + most) // 2,
     }

@@ -114,6 +114,7 @@ _MODELS = {
 _BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "quantize": ("method", {}),
     "prune": ("pruner", {}),
+    "narrow": ("narrow", {}),
     "compensate": ("compensator", {"bits": 2, "group": 64}),
     "measure": ("measure", {"allocate": "threshold", "group": 64}),
     "allocate": ("allocate", {"method": "gptq", "group": 32, "symmetric": True}),
