@@ -48,6 +48,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
+        "slopes": "calibration",  # (windows,), of the loss along a random direction each
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
