@@ -14,6 +14,7 @@ from layerwise.core.skipping import found_in, skip_blocks, skip_tokens
 from layerwise.core.tally import Tally
 from layerwise.flow.sparsifying import contributions
 
+IDS = models.inputs("llama")
 TEXT = ["llama", "qwen3", "gpt2", "phi", "phi3", "gpt_neox", "mistral", "gemma", "opt"]
 
 
@@ -152,6 +153,20 @@ def test_a_density_for_each_layer(llama, ids):
         assert torch.equal(logits(llama, ids), alike)
     with pytest.raises(UserError, match=r"lm_head"):
         lw.sparsify(llama, "teal", density={"lm_head": 0.5})
+
+
+def test_an_allocator_shares_a_density_out(llama, ids):
+    """Layers that lose more keep more: with as much left out of each block, the whole errs less."""
+    before = logits(llama, ids).log_softmax(dim=-1)
+    found = {}
+    for allocate in (None, "uniform", "knapsack"):
+        how = {} if allocate is None else {"allocate": allocate, "calibration": ids}
+        with lw.sparsify(llama, "wina", density=0.5, first=0.0, **how) as sparse:
+            after = logits(llama, ids).log_softmax(dim=-1)
+            found[allocate] = float((before.exp() * (before - after)).sum())
+            assert sparse.tally.kept <= 0.56 * sparse.tally.offered
+    assert found["uniform"] == found[None]
+    assert found["knapsack"] < found["uniform"]
 
 
 def frozen_by_hand(model, ids, stays, group):
@@ -314,6 +329,8 @@ def vit():
     ("kind", "method", "how", "says"),
     [
         ("llama", "wina", {"density": 0.0}, "outside"),
+        ("llama", "wina", {"density": float("nan")}, "outside"),
+        ("llama", "shortv", {"density": 1.5, "calibration": IDS}, "outside"),
         ("llama", "wina", {"density": 0.5, "first": 1.0}, "first 1.0"),
         ("llama", "wina", {"density": 0.5, "recent": 4}, "recent says nothing"),
         ("llama", "think", {"density": 0.5, "orthogonal": True}, "orthogonal says nothing"),
@@ -322,6 +339,8 @@ def vit():
         ("llama", "shortv", {"density": 0.5}, "contribute"),
         ("llama", "wyna", {"density": 0.5}, "no method"),
         ("llama", "wina", {"density": 0.5, "colour": 1}, "colour"),
+        ("llama", "wina", {"density": 0.5, "allocate": "knapsack"}, "calibration text"),
+        ("llama", "wina", {"density": 0.5, "allocate": "lamp", "calibration": IDS}, "lamp reads"),
         ("llama", "wina", {"density": 0.5, "options": {"steps": 1}}, "no option steps"),
         ("vit", "zero_tprune", {"density": 0.5, "after": (9,)}, "no block 9"),
         ("vit", "think", {"density": 0.5}, "queries cannot be seen"),

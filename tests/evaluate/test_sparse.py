@@ -37,7 +37,7 @@ def _ids(model, text):
 
 
 def test_what_follows_a_prompt_is_judged(llama, text):
-    """Keys of 12 of 16 tokens of the prompt are thinned; the other half of a window is judged."""
+    """Keys of 12 of 16 tokens of the prompt are thinned; the other 16 tokens are judged."""
     told = {"recent": 4, "prompt": 0.5}
     seen = lw.evaluate(llama, text=text, sparsify="think", density=0.5, skipping=told, **READ)
     assert seen.text.tokens == 3 * 15

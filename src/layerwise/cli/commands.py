@@ -242,6 +242,7 @@ def _skipping(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
     said: dict[str, Any] = {
         "first": chosen.first,
         "orthogonal": chosen.orthogonal,
+        "allocate": chosen.allocate,
         "after": None if after is None else [int(number) for number in after],
         "prompt": chosen.prompt,
         "recent": chosen.recent,

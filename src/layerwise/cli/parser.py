@@ -232,6 +232,11 @@ def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="turn inputs that keys or a gate read, so that its columns are orthogonal",
     )
     left.add_argument(
+        "--allocate",
+        metavar="NAME",
+        help="allocator that shares the density out in each block (none: the same everywhere)",
+    )
+    left.add_argument(
         "--after", metavar="BLOCKS", help="blocks after which tokens leave, such as 1,3"
     )
     left.add_argument(
@@ -242,7 +247,7 @@ def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     )
     left.add_argument("--recent", type=int, help="last tokens of a prompt with whole keys (32)")
     left.add_argument(
-        "--calibration", metavar="TEXT", help=f"on which shortv ranks blocks: {TEXT_HELP}"
+        "--calibration", metavar="TEXT", help=f"for shortv, and for --allocate: {TEXT_HELP}"
     )
     _own_flags(made, arguments)
 

@@ -61,6 +61,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
+        "slopes": "calibration",  # (windows,), of the loss along a random direction each
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order

@@ -12,7 +12,8 @@ from layerwise.core.errors import UserError
 from layerwise.core.structure import Layer
 
 # Evidence of a layer itself and not of what it reads: it is given by the layer's name.
-GRAD = "grad"
+GRAD, SLOPES = "grad", "slopes"
+BY_LAYER = frozenset({GRAD, SLOPES})
 
 
 @runtime_checkable
@@ -304,6 +305,5 @@ def calibrated_words(methods: Iterable[Method]) -> frozenset[str]:
 
 def of_layer(evidence: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Evidence as a method is given it: the layer's own, where there is one for each by name."""
-    if GRAD not in evidence:
-        return evidence
-    return {**evidence, GRAD: evidence[GRAD][name]}
+    own = {word: evidence[word][name] for word in BY_LAYER if word in evidence}
+    return {**evidence, **own} if own else evidence

@@ -43,9 +43,9 @@ class Sparse:
     Args:
         model: The model.
         method: What says what is left out.
-        tally: What was computed and what was left out since.
 
     Attributes:
+        tally: What was left out since, and what was computed while it was counting.
         on: Whether it is left out now.
     """
 
@@ -146,12 +146,7 @@ def skip_inputs(
     Raises:
         UserError: The model has no linear layer inside a block, or a name is none of its layers.
     """
-    layers = {name: one for name, one in found_in(model).layers.items() if _linear(model, one)}
-    if not layers:
-        raise UserError(
-            f"{type(model).__name__} has no linear layer inside a block.",
-            "Give a model of blocks of nn.Linear, such as transformers loads.",
-        )
+    layers = linear_layers(model)
     densities = _densities(density, layers)
     sparse = Sparse(model, method)
     for sharing in by_input(layers.values()).values():
@@ -164,7 +159,22 @@ def skip_inputs(
     return sparse
 
 
-def _linear(model: nn.Module, layer: Layer) -> bool:
+def linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """The layers of a model whose inputs can be skipped, by name.
+
+    Raises:
+        UserError: There is none.
+    """
+    layers = {name: one for name, one in found_in(model).layers.items() if _linear(one)}
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no linear layer inside a block.",
+            "Give a model of blocks of nn.Linear, such as transformers loads.",
+        )
+    return layers
+
+
+def _linear(layer: Layer) -> bool:
     """Whether a module of its own multiplies by the layer's weight, and is inside a block."""
     inside = bool(layer.block) and layer.expert is None and layer.layout != "convolution"
     return inside and layer.tensor == f"{layer.name}.weight"
@@ -226,6 +236,9 @@ class _Masked:
         if not self.sparse.on:
             return None
         inputs: Tensor = args[0]
+        if self.turn is None and self.given["density"] == 1:
+            self.sparse.tally.masked(torch.ones(inputs.shape, dtype=torch.bool))
+            return None
         flat = inputs.reshape(-1, inputs.shape[-1])  # (tokens, in)
         seen = flat if self.turn is None else flat.float() @ self.turn
         method, words = self.sparse.method, {"activations": seen, "columns": self.columns}
@@ -342,7 +355,7 @@ def skip_blocks(model: nn.Module, method: Method, kept: Bool[Tensor, " blocks"])
         frozen.tally.masked(torch.tensor([stays]))
         if not stays:
             queries = [one for one in layers if one.block == block and one.role == "query"]
-            weights = [model.get_parameter(one.tensor) for one in queries if _linear(model, one)]
+            weights = [model.get_parameter(one.tensor) for one in queries if _linear(one)]
             make = functools.partial(_FrozenBlock, frozen, number, weights)
             frozen.replace(model.get_submodule(block), make)
     return frozen

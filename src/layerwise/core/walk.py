@@ -17,7 +17,14 @@ from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.carried import Activations, Shelf, Stored, filled
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import GRAD, AttentionCollector, Collector, calibrated_words
+from layerwise.core.evidence import (
+    BY_LAYER,
+    GRAD,
+    SLOPES,
+    AttentionCollector,
+    Collector,
+    calibrated_words,
+)
 from layerwise.core.fisher import WeightGradients
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
@@ -27,6 +34,7 @@ from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
+from layerwise.core.slopes import WeightSlopes
 from layerwise.core.staging import Staging
 from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
@@ -512,7 +520,7 @@ def gather(
     hidden: Activations | None,
 ) -> Mapping[str, Mapping[str, object]]:
     """What calibration shows of every input in a block, by `Layer.reads`."""
-    if hidden is None or not words - {GRAD}:
+    if hidden is None or not words - BY_LAYER:
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
@@ -527,7 +535,8 @@ def gather(
 class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
-    Where methods read them, the gradients of its layers' weights are among it, by layer.
+    Where methods read them, the gradients of its layers' weights, and slopes of the loss along
+    random directions, are among it, by layer.
 
     Nothing is run before something is asked for.
     """
@@ -539,6 +548,7 @@ class Seen:
     hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
     gradients: WeightGradients | None = None
+    slopes: WeightSlopes | None = None
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
 
@@ -559,14 +569,23 @@ class Seen:
         return self.hidden() if callable(self.hidden) else self.hidden
 
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        made = gather(self.runner, self.block, layers, self.words, self.carried())
-        if self.gradients is None:
+        hidden = self.carried()
+        made = gather(self.runner, self.block, layers, self.words, hidden)
+        found: dict[str, Mapping[str, Tensor]] = {}
+        if self.gradients is not None:
+            found[GRAD] = self.gradients.of(self.block, layers)
+        if self.slopes is not None and hidden is not None:
+            found[SLOPES] = self.slopes.of(self.block, layers, hidden)
+        if not found:
             return made
-        found = self.gradients.of(self.block, layers)
         return {
-            reads: {**made.get(reads, {}), GRAD: {one.name: found[one.name] for one in group}}
+            reads: {**made.get(reads, {}), **{w: _of(group, found[w]) for w in found}}
             for reads, group in by_input(layers).items()
         }
+
+
+def _of(group: Sequence[Layer], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {layer.name: found[layer.name] for layer in group}
 
 
 def _transform_group(

@@ -1,5 +1,6 @@
 """Sparsify: have a loaded model leave work out while it runs, and count what that saves."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +21,7 @@ from layerwise.core.skipping import (
     Group,
     Sparse,
     blocks_of,
+    linear_layers,
     skip_blocks,
     skip_inputs,
     skip_tokens,
@@ -29,12 +31,15 @@ from layerwise.core.text import Text
 from layerwise.flow.loading import answers
 
 CALIBRATION_WINDOWS = 32
+# Windows on which each level of each layer is tried, and the levels.
+_TRIED = 8
+_LEVELS = torch.arange(1, 11) / 10
 
 # What a method leaves out, by evidence that it reads, the first that fits; and what beside its
 # density can be said of that.
 _SETTINGS: Mapping[str, frozenset[str]] = {
     "attentions": frozenset({"after"}),
-    "activations": frozenset({"first", "orthogonal"}),
+    "activations": frozenset({"first", "orthogonal", "allocate", "calibration"}),
     "scores": frozenset({"prompt", "calibration"}),
     "keys": frozenset({"prompt", "recent"}),
 }
@@ -50,11 +55,13 @@ class Skipping:
         options: The method's own.
         first: Part of a text, from its beginning, that skips no inputs (0.01).
         orthogonal: Turn inputs so that a weight that reads them has orthogonal columns (no).
+        allocate: Allocator that shares the density out among the layers of each block (none: all
+            get the same).
         after: Numbers of the blocks after which tokens leave (one, a third of the way).
         prompt: Part of a text, from its beginning, whose keys are thinned, or whose tokens are
             frozen; for the latter also which positions (0.5).
         recent: Tokens at the end of a prompt whose keys stay whole (32).
-        calibration: Text on which contributions of blocks are found.
+        calibration: Text on which contributions of blocks, or errors of layers, are found.
     """
 
     method: str
@@ -62,6 +69,7 @@ class Skipping:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     first: float | None = None
     orthogonal: bool | None = None
+    allocate: str | None = None
     after: Sequence[int] | None = None
     prompt: Group | None = None
     recent: int | None = None
@@ -71,17 +79,23 @@ class Skipping:
         """The method.
 
         Raises:
-            UserError: There is none of that name, it has no such option, or something is said of
-                what it does not leave out.
+            UserError: There is none of that name, it has no such option, a density is no fraction,
+                or something is said of what it does not leave out.
         """
         method = catalogue.get(f"sparsify/{self.method}")
+        given = self.density.values() if isinstance(self.density, Mapping) else [self.density]
+        for density in given:
+            if not 0 < density <= 1:
+                raise UserError(
+                    f"density {density} is outside (0, 1].", "Give the fraction to keep."
+                )
         if unknown := self.options.keys() - method.own_options.keys():
             raise UserError(
                 f"{method.id} has no option {sorted(unknown)[0]}.",
                 f"It has {', '.join(method.own_options) or 'none'}.",
             )
         allowed = _SETTINGS[kind(method)]
-        for name in ("first", "orthogonal", "after", "prompt", "recent", "calibration"):
+        for name in SAID:
             if getattr(self, name) is not None and name not in allowed:
                 raise UserError(
                     f"{name} says nothing to {method.id}, which goes by {kind(method)}.",
@@ -96,6 +110,12 @@ class Skipping:
         return method
 
 
+# What can be said beside a density and a method's own options.
+SAID = tuple(
+    one.name for one in fields(Skipping) if one.name not in ("method", "density", "options")
+)
+
+
 def skipping(
     method: str, density: float | Mapping[str, float], said: Mapping[str, Any]
 ) -> Skipping:
@@ -104,7 +124,7 @@ def skipping(
     Raises:
         UserError: There is no such field.
     """
-    known = {one.name for one in fields(Skipping)} - {"method", "density"}
+    known = {*SAID, "options"}
     if unknown := said.keys() - known:
         raise UserError(
             f"nothing can be said of {sorted(unknown)[0]} where work is left out.",
@@ -133,15 +153,7 @@ def sparsified(model: Any, wanted: Skipping, calibration: Tensor | None) -> Spar
     what = kind(method)
     density = wanted.density
     if what == "activations":
-        first = 0.01 if wanted.first is None else wanted.first
-        return skip_inputs(
-            model,
-            method,
-            density,
-            wanted.options,
-            first=first,
-            orthogonal=bool(wanted.orthogonal),
-        )
+        return _masked(model, method, density, wanted, calibration)
     if isinstance(density, Mapping):
         raise UserError(f"{method.id} has one density, not one for each layer.", "Give one number.")
     if what == "attentions":
@@ -155,6 +167,114 @@ def sparsified(model: Any, wanted: Skipping, calibration: Tensor | None) -> Spar
         recent = 32 if wanted.recent is None else wanted.recent
         return thin_keys(model, method, density, wanted.options, recent=recent)
     return _frozen(model, method, density, wanted, calibration)
+
+
+def _masked(
+    model: Any,
+    method: Method,
+    density: float | Mapping[str, float],
+    wanted: Skipping,
+    calibration: Tensor | None,
+) -> Sparse:
+    how: dict[str, Any] = {
+        "first": 0.01 if wanted.first is None else wanted.first,
+        "orthogonal": bool(wanted.orthogonal),
+    }
+    if wanted.allocate is not None:
+        if calibration is None or isinstance(density, Mapping):
+            raise UserError(
+                f"{wanted.allocate} shares one density out by what layers lose on a text.",
+                "Give one density, and a calibration text.",
+            )
+        skip = functools.partial(skip_inputs, model, method, options=wanted.options, **how)
+        density = shared_out(model, skip, density, wanted.allocate, calibration[:_TRIED])
+    return skip_inputs(model, method, density, wanted.options, **how)
+
+
+@torch.no_grad()
+def shared_out(
+    model: nn.Module,
+    skip: Callable[..., Sparse],
+    density: float,
+    allocate: str,
+    ids: Int[Tensor, "windows length"],
+) -> dict[str, float]:
+    """A density for each layer, such that those of each block have that density together.
+
+    An allocator spends the weights that a block may multiply by on its layers, so that the
+    squared errors of the block's output, which each level of each layer alone brings to it, add
+    up to the least.
+
+    Unlike the greedy walk of TEAL and WINA, which tries the next step of every layer beside the
+    levels that the others have by then, a layer is tried with the others whole.
+
+    Args:
+        model: A causal language model.
+        skip: Has it skip inputs, given the density of each layer.
+        density: Of each block.
+        allocate: An allocator that reads errors or costs.
+        ids: Windows of a text.
+
+    Raises:
+        UserError: The allocator reads something else, or the density is below the lowest level.
+    """
+    allocator = catalogue.get(f"allocate/{allocate}")
+    if not set(allocator.evidence) <= {"errors", "costs"}:
+        raise UserError(
+            f"{allocator.id} reads {', '.join(allocator.evidence)}; only errors and costs are "
+            "known of inputs that are skipped.",
+            "Use knapsack.",
+        )
+    whole = dict.fromkeys(linear_layers(model), 1.0)
+    chosen: dict[str, float] = {}
+    for block, calls in _calls(model, ids).items():
+        layers = [one for one in linear_layers(model).values() if one.block == block]
+        module = model.get_submodule(block)
+        before = [_hidden(module(*args, **kwargs)) for args, kwargs in calls]
+        costs = [(_LEVELS * one.count).round().long() for one in layers]
+        errors: list[Tensor] = []
+        for one in layers:
+            lost = [0.0 for _ in _LEVELS]
+            for level, kept in enumerate(_LEVELS[:-1].tolist()):
+                with skip(density={**whole, one.name: kept}):
+                    after = [_hidden(module(*args, **kwargs)) for args, kwargs in calls]
+                lost[level] = sum(
+                    float((a - b).square().sum()) for a, b in zip(after, before, strict=True)
+                )
+            errors.append(torch.tensor(lost))
+        given = {"errors": errors, "costs": costs}
+        budget = int(density * sum(one.count for one in layers))
+        levels = allocator.run(**{word: given[word] for word in allocator.evidence}, budget=budget)
+        names = [one.name for one in layers]
+        chosen |= dict(zip(names, _LEVELS[levels].tolist(), strict=True))
+    return chosen
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _calls(model: nn.Module, ids: Tensor) -> dict[str, list[_Call]]:
+    """What each block is given on a text, batch after batch."""
+    calls: dict[str, list[_Call]] = {block: [] for block in blocks_of(model)}
+
+    def keep(block: str, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        calls[block].append((args, given))
+
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(
+            functools.partial(keep, block), with_kwargs=True
+        )
+        for block in calls
+    ]
+    for _ in answers(model, ids):
+        pass
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def _hidden(outcome: Any) -> Tensor:
+    return outcome if isinstance(outcome, Tensor) else outcome[0]
 
 
 def _frozen(

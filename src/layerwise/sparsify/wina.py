@@ -44,7 +44,8 @@ def wina(
 
     Unlike the authors' code, which has c_i of k_proj and gate_proj alone and counts 1 elsewhere,
     every matrix has the norms of its own columns, as the paper's text has it; and k is rounded to
-    the nearest, not down.  Layers that read the same input each choose for themselves.
+    the nearest, not down.  As there, the first hundredth of a text is left dense (`first`), and
+    layers that read the same input each choose for themselves.
 
     Args:
         activations: What a layer reads.

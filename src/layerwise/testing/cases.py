@@ -81,6 +81,7 @@ def evidence(
         "costs": costs,
         "errors": _errors(costs),
         "grad": _like(weight, noise) * seen / 100,
+        "slopes": torch.randn(32, generator=noise) * seen / 100,
         "base": weight,
         "models": models,
         "columns": weight.float().norm(dim=0),  # (in,)
