@@ -3,15 +3,26 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model of any
-format, and `stack`, for one that grows and shrinks while it is in use.
+The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`,
+`evaluate`; `measure`, for scores alone; and `forecast`, which says what carrying out a plan takes,
+`load`, for a model of any format, and `stack`, for one that grows and shrinks while it is in use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan, stack, sweep
+    from layerwise.api import (
+        compress,
+        evaluate,
+        forecast,
+        inspect,
+        load,
+        measure,
+        open,
+        plan,
+        stack,
+        sweep,
+    )
     from layerwise.core.errors import UserError
 
 __all__ = [
@@ -19,6 +30,7 @@ __all__ = [
     "compress",
     "evaluate",
     "forecast",
+    "inspect",
     "load",
     "measure",
     "open",

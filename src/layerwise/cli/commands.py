@@ -14,65 +14,54 @@ from layerwise.cli.parser import WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
+from layerwise.core.inspection import Inspection
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import bytes_of, check_types, read_yaml
 from layerwise.flow import reporting
 from layerwise.flow.wish import Wish
 
-# The measure that is also found at several widths at once.
-ERROR = "error"
+# What the flags of `inspect` say of a level, beside its width and grid.
+_LEVEL = ("method", "density", "pruner", "rank", "compensator")
 
 
 def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise inspect`."""
+    picture = None if chosen.output is None else _new_file(chosen.output)
     opened = lw.open(chosen.model)
     measures = [name for name in chosen.measure.split(",") if name]
-    widths = _widths("--bits", chosen.bits)
-    scores: dict[str, Mapping[str, float]] = {}
-    if measures:
+    found = Inspection(opened.source.label, {})
+    if measures or chosen.truth:
         with Bars() as bars:
-            looked = lw.measure(
+            found = lw.inspect(
                 chosen.model,
                 measures,
+                truth=chosen.truth,
                 **_calibration(chosen),
+                text=chosen.text,
+                text_samples=chosen.text_samples,
+                levels=_widths("--bits", chosen.bits) if chosen.bits else (),
+                **_cache(chosen),
                 **_machine(chosen),
-                levels=widths if _compares(measures) else (),
                 progress=bars,
-                method=chosen.method,
                 **_grid(chosen),
+                **{name: getattr(chosen, name) for name in _LEVEL},
+                options=_options(chosen, given),
             )
-        scores |= looked.scores
-        if ERROR in measures and len(widths) > 1:
-            del scores[ERROR]
-            for place, bits in enumerate(widths):
-                scores[f"{ERROR}_{bits}"] = {n: curve[place] for n, curve in looked.errors.items()}
-    console().print(report.structure_table(opened.source, opened.structure, scores))
+    console().print(report.structure_table(opened.source, opened.structure, found))
+    if found.columns:
+        console().print(report.agreement_table(found))
+    if picture is not None:
+        _write_new(picture, report.inspection_svg(found))
+        console().print(f"in pictures: {picture}", markup=False, soft_wrap=True)
     if chosen.json:
-        _print_json(report.structure_json(opened.source, opened.structure, scores))
+        _print_json(report.structure_json(opened.source, opened.structure, found))
     return 0
-
-
-def _compares(measures: Sequence[str]) -> bool:
-    """Whether a measure looks at what a width makes of a layer."""
-    return any("approximation" in catalogue.get(f"measure/{m}").evidence for m in measures)
 
 
 def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise plan`."""
-    file = Path(chosen.output)
-    if file.exists():
-        raise UserError(
-            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
-        )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        file.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
-        ) from error
+    file = _new_file(chosen.output)
     opened = lw.open(chosen.model)
     with Bars() as bars:
         made = lw.plan(
@@ -86,9 +75,7 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_cache(chosen),
             progress=bars,
         )
-    staged = file.with_name(file.name + ".partial")
-    staged.write_text(to_yaml(made, chosen.model, opened.structure))
-    staged.rename(file)
+    _write_new(file, to_yaml(made, chosen.model, opened.structure))
     foreseen = lw.forecast(
         chosen.model,
         made,
@@ -110,6 +97,31 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             }
         )
     return 0
+
+
+def _new_file(name: str) -> Path:
+    """A file that is not there and can be made."""
+    file = Path(name)
+    if file.exists():
+        raise UserError(
+            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
+        ) from error
+    return file
+
+
+def _write_new(file: Path, content: str) -> None:
+    """Write a file that is there only once it is whole."""
+    staged = file.with_name(file.name + ".partial")
+    staged.write_text(content, encoding="utf-8")
+    staged.rename(file)
 
 
 def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
@@ -313,13 +325,6 @@ def claims(chosen: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, dict[str, Any]] = {}
-    for id in named_methods(given):
-        prefix = id.rpartition("/")[2]
-        for name in option_flags(id):
-            value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
-            if value is not None:
-                options.setdefault(id, {})[name.replace("-", "_")] = value
     return {
         "bits": chosen.bits,
         "budget": chosen.budget,
@@ -327,8 +332,20 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "method": chosen.method,
         **_shared(chosen),
         "tune": tuple(part for part in chosen.tune.split(",") if part),
-        "options": options,
+        "options": _options(chosen, given),
     }
+
+
+def _options(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options of the methods that a command line names."""
+    options: dict[str, dict[str, Any]] = {}
+    for id in named_methods(given):
+        prefix = id.rpartition("/")[2]
+        for name in option_flags(id):
+            value = getattr(chosen, f"{prefix}-{name}".replace("-", "_"), None)
+            if value is not None:
+                options.setdefault(id, {})[name.replace("-", "_")] = value
+    return options
 
 
 def _shared(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -65,18 +65,43 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "inspect",
-        "show a model's layers, what is left alone, and measures",
+        "show a model's layers, what is left alone, measures, and what each layer brings alone",
         "layerwise inspect builtin:tiny",
         "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --bits 3 --group 32 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --density 0.5 --pruner wanda \\",
+        "    --calibration text.txt -o layers.svg",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
     made.add_argument(
-        "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
+        "--measure",
+        default="",
+        metavar="NAMES",
+        help="measures, comma separated; all: those that the model and the texts allow",
     )
-    _grid(made)
-    _method(made)
+    made.add_argument(
+        "--truth",
+        action="store_true",
+        help="measure the KL that each layer brings when it alone becomes what the first width, "
+        "--density and --rank make of it",
+    )
+    made.add_argument(
+        "-o", "--output", metavar="FILE", help="picture to write (SVG): layers, and how all agree"
+    )
+    level = made.add_argument_group("what is tried on each layer")
+    level.add_argument(
+        "--bits", default="", metavar="WIDTHS", help="widths (4, unless weights are to go)"
+    )
+    _grid(level)
+    _method(level)
+    _sparsity(level)
+    _rank(level)
+    _add_method_flags(made, arguments)
     _calibration(made)
+    text = made.add_argument_group("text for --truth")
+    text.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    text.add_argument("--text-samples", type=int, default=16, help="windows of it (16)")
+    _cache(made)
     _machine(made)
 
 
@@ -315,6 +340,10 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
+    _add_method_flags(parser, arguments)
+
+
+def _add_method_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)
         for flag, options in flags:
@@ -323,6 +352,16 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
 
 def _method(parser: Any) -> None:
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _sparsity(how: Any) -> None:
+    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
+    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+
+
+def _rank(how: Any) -> None:
+    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
+    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
 
 
 def _levels(how: Any) -> None:
@@ -349,8 +388,7 @@ def _levels(how: Any) -> None:
         help="what calibration shows methods: the original model's activations, or those after "
         "earlier blocks were transformed (original for a budget, transformed otherwise)",
     )
-    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
-    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+    _sparsity(how)
     how.add_argument(
         "--activation",
         default="",
@@ -358,8 +396,7 @@ def _levels(how: Any) -> None:
         help="round the inputs of layers when the model runs: int8, int4 or fp8, with a scale for "
         "each token, or int8-static, int4-static, fp8-static with one for all",
     )
-    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
-    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
+    _rank(how)
     how.add_argument(
         "--allocate",
         default="",
@@ -452,6 +489,7 @@ _NAMING = {
     "--compensator": "compensate",
     "--allocate": "allocate",
     "--by": "measure",
+    "--measure": "measure",
 }
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
@@ -469,7 +507,8 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in _NAMING:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found.append(f"{_NAMING[flag]}/{value}")
+            names = [name for name in value.split(",") if name != "all"]
+            found += [f"{_NAMING[flag]}/{name}" for name in names]
     return found
 
 

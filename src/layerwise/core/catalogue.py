@@ -48,6 +48,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "models": "models",  # (models, ...), the same tensor of every model
     }
 )
+# Evidence of another model than the one that is looked at, whatever else it takes to gather it.
+PAIRED = frozenset({"base"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
@@ -157,12 +159,14 @@ class Method:
     @property
     def needs(self) -> Need:
         """The dearest evidence the method reads."""
+        if PAIRED.intersection(self.evidence):
+            return "models"
         return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
 
     @property
     def calibrated(self) -> bool:
         """It reads what only a calibration text can show."""
-        return self.needs in GATHERED
+        return any(EVIDENCE[word] in GATHERED for word in self.evidence)
 
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise import builtin, export
 from layerwise.core import catalogue, memory
+from layerwise.core.catalogue import EVIDENCE
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
@@ -80,7 +81,7 @@ def rewritten(
     if not asked.scale_keys:
         return rewrite(source, asked)
     stream = stream_of(source, asked)
-    text = texts.calibration or ("builtin" if source.label == builtin.NAME else None)
+    text = calibration_text(source, texts)
     if text is None:
         raise UserError(
             "--scale-keys learns from the keys that a text gives, and no text was given.",
@@ -123,9 +124,7 @@ def prepare(
     memory.settle()
     device = _device(device)
     needy = [*(method.id for method in methods if method.calibrated), *needing]
-    text = texts.calibration
-    if text is None and source.label == builtin.NAME:
-        text = "builtin"
+    text = calibration_text(source, texts)
     if needy and text is None:
         raise UserError(
             f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
@@ -134,7 +133,7 @@ def prepare(
         )
     if text is not None:
         needy += learning
-    _check_loss(source, methods)
+    check_loss(source, methods)
     if isinstance(source, ModuleSource):
         if format is not None and format.directory and proof != "none":
             raise UserError(
@@ -160,9 +159,20 @@ def prepare(
     return Prepared(source, found, runner, calibration, heldout, floor)
 
 
-def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
-    """Refuse gradients of a loss for a model that answers with features."""
-    needy = [method.id for method in methods if method.needs == "gradients"]
+def calibration_text(source: Source, texts: Texts) -> Text | None:
+    """What evidence is gathered on: what was given, or what comes with a built-in model."""
+    if texts.calibration is None and source.label == builtin.NAME:
+        return "builtin"
+    return texts.calibration
+
+
+def check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
+    """Refuse gradients of a loss for a model that answers with features.
+
+    Raises:
+        UserError: It names a method that reads them.
+    """
+    needy = [m.id for m in methods if any(EVIDENCE[word] == "gradients" for word in m.evidence)]
     architecture = (source.config.get("architectures") or [""])[0]
     if needy and architecture and not _has_head(architecture):
         raise UserError(

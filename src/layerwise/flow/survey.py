@@ -1,7 +1,9 @@
 """Look at every layer of a model without changing it: scores, and the error at each level."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from layerwise.core import catalogue
 from layerwise.core.apply import Made, Transformed, check_finite, transform
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.carried import Activations, shelf
+from layerwise.core.catalogue import PAIRED
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
@@ -24,6 +27,8 @@ from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
 
+# Evidence that was gathered beforehand, by word, then by layer or, for measures of blocks, block.
+Told = Mapping[str, Mapping[str, Any]]
 # Codes that were learned together, by the level that all layers had then, and by layer.
 Learnt = Mapping[LayerPlan, Mapping[str, Coded]]
 
@@ -36,11 +41,13 @@ class Survey:
         levels: Plans that were tried, by layer.
         losses: What they cost, by layer.
         scores: Score of each layer, by measure and then by layer.
+        refused: Measures that cannot be had of this model, with the reason.
     """
 
     levels: Mapping[str, Sequence[LayerPlan]]
     losses: Mapping[str, Losses]
     scores: Mapping[str, Mapping[str, float]]
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def errors(self) -> dict[str, list[float]]:
@@ -57,6 +64,8 @@ def survey(
     *,
     options: Options,
     measures: Sequence[catalogue.Method] = (),
+    told: Told = MappingProxyType({}),
+    lenient: bool = False,
     candidates: Candidates | None = None,
     economy: Economy = LAVISH,
     progress: Progress,
@@ -69,6 +78,8 @@ def survey(
         options: Options of methods, by id.
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
+        told: Evidence that this walk does not gather.
+        lenient: Leave out a measure that refuses a layer, with its reason, instead of stopping.
         candidates: Where what levels make of layers is kept; what is there is not made again.
         economy: What to hold on disk, and how much to take up at a time.
         progress: Is told of each block.
@@ -80,6 +91,7 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
+    _check_told(measures, told)
     known = known_losses(found, levels, options, candidates)
     if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
@@ -91,6 +103,8 @@ def survey(
         [m for m in measures if m.unit == "layer"],
         candidates,
         known,
+        told,
+        lenient,
     )
     per_layer = any("norms" in method.evidence for method in of_blocks)
     words = look.words() | ({"norm"} if per_layer else set())
@@ -128,11 +142,14 @@ def survey(
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
             for method in of_blocks:
                 given = _block_evidence(method, prepared.source, layers, hidden, after, norms)
-                value = float(method.run(**given, **options.get(method.id, {})))
-                scores[method.name] |= {layer.name: value for layer in layers}
+                given |= {word: told[word][block] for word in method.evidence if word in told}
+                with look.sparing(method):
+                    value = float(method.run(**given, **options.get(method.id, {})))
+                    scores[method.name] |= {layer.name: value for layer in layers}
             hidden = after
             progress.step(block)
-    return Survey(levels, look.losses, scores)
+    scored = {name: found for name, found in scores.items() if name not in look.refused}
+    return Survey(levels, look.losses, scored, look.refused)
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
@@ -142,14 +159,29 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
             f"{needy[0]} reads what only a calibration text can show.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
-    measures = (m for m in methods if m.verb == "measure")
-    running = [m.id for m in measures if m.unit == "block" and m.calibrated]
-    if running and prepared.runner and prepared.runner.whole:
-        raise UserError(
-            f"{running[0]} looks at what a block sees, and "
-            f"{prepared.source.label} runs as a whole, not block by block.",
-            "Use a measure of layers, such as error or weight_error.",
+    for method in methods:
+        if problem := running_in_blocks(prepared, method):
+            raise UserError(problem, "Use a measure of layers, such as error or weight_error.")
+
+
+def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
+    """Why a measure of blocks cannot be had of a model that runs as a whole; "" if it can."""
+    of_blocks = method.verb == "measure" and method.unit == "block" and method.calibrated
+    if of_blocks and prepared.runner and prepared.runner.whole:
+        return (
+            f"{method.id} looks at what a block sees, and {prepared.source.label} runs as a whole, "
+            "not block by block."
         )
+    return ""
+
+
+def _check_told(measures: Sequence[catalogue.Method], told: Told) -> None:
+    for method in measures:
+        if unknown := [word for word in method.evidence if word in PAIRED and word not in told]:
+            raise UserError(
+                f"{method.id} compares a model with another ({unknown[0]}), and there is none.",
+                "Give one: `layerwise inspect MODEL --against BASE`.",
+            )
 
 
 def known_losses(
@@ -192,7 +224,20 @@ class _Look:
     measures: Sequence[catalogue.Method]
     candidates: Candidates | None
     known: Mapping[str, Losses]
+    told: Told
+    lenient: bool
     losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+
+    @contextlib.contextmanager
+    def sparing(self, method: catalogue.Method) -> Generator[None]:
+        """Where a measure is at work: what it refuses ends it, or the survey."""
+        try:
+            yield
+        except UserError as error:
+            if not self.lenient:
+                raise
+            self.refused.setdefault(method.name, error.problem)
 
     def words(self) -> frozenset[str]:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
@@ -240,9 +285,10 @@ class _Look:
             return
         evidence = {} if seen is None else seen.of(group)
         weights = [_weight(self.source, layer) for layer in group]
-        trial = Trial(group, weights, evidence, self.options, coded)
+        trial = Trial(group, weights, evidence, self.options, coded, self.told)
         for method in self.measures:
-            scores[method.name] |= trial.scores(method, self.levels)
+            with self.sparing(method):
+                scores[method.name] |= trial.scores(method, self.levels)
         self.losses.update(trial.losses(self.levels, self.known, self.candidates))
 
 
@@ -255,6 +301,7 @@ class Trial:
     evidence: Mapping[str, Any]
     options: Options
     coded: Learnt = field(default_factory=dict[LayerPlan, Mapping[str, Coded]])
+    told: Told = field(default_factory=dict[str, Mapping[str, Any]])
     made: Made = field(default_factory=dict[tuple[Any, ...], list[Any]])
 
     def losses(
@@ -314,6 +361,7 @@ class Trial:
             made = self._transformed(range(len(first)), first)
         for number, (layer, weight) in enumerate(zip(self.group, self.weights, strict=True)):
             own = dict(of_layer(given, layer.name))
+            own |= {w: self.told[w][layer.name] for w in method.evidence if w in self.told}
             if "weight" in method.evidence:
                 own["weight"] = weight
             if "approximation" in method.evidence:

@@ -2,9 +2,11 @@
 
 from layerwise.report.figures import evaluation
 from layerwise.report.html import html
+from layerwise.report.inspection_plots import inspection_svg
 from layerwise.report.pages import page
 from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
+    agreement_table,
     claims_table,
     forecast_line,
     layer_table,
@@ -17,10 +19,12 @@ from layerwise.report.tables import (
 )
 
 __all__ = [
+    "agreement_table",
     "claims_table",
     "evaluation",
     "forecast_line",
     "html",
+    "inspection_svg",
     "layer_table",
     "methods_table",
     "page",

@@ -11,25 +11,31 @@ from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
+from layerwise.core.inspection import Inspection
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.structure import Structure
+from layerwise.report.answers import answers
 from layerwise.report.figures import figure, share, windows_line
 
 if TYPE_CHECKING:
     from layerwise.testing.claims import Verdict
 
 
-def structure_table(
-    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
-) -> Group:
-    """The layers of a model with their scores, and what is left alone."""
+# Figures of layers that stand side by side.
+_COLUMNS = 8
+
+
+def structure_table(source: Source, found: Structure, inspection: Inspection) -> Group:
+    """The layers of a model with what was found out about them, and what is left alone."""
     table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
-    for name in scores:
+    tables = [table, *_more_tables(found, list(inspection.columns.items())[_COLUMNS:])]
+    first = dict(list(inspection.columns.items())[:_COLUMNS])
+    for name in first:
         table.add_column(name, justify="right")
     for layer in found.layers.values():
         size = layer.count * source.tensors[layer.tensor].dtype.itemsize
-        values = [f"{scores[name][layer.name]:.4g}" for name in scores]
+        values = [f"{column[layer.name]:.4g}" for column in first.values()]
         table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
@@ -42,13 +48,39 @@ def structure_table(
         f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
         f"work on, {_mb(total)} MB in all"
     )
-    return Group(table, alone, Text(line))
+    return Group(*tables, alone, Text(line))
 
 
-def structure_json(
-    source: Source, found: Structure, scores: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """The same as JSON."""
+def _more_tables(
+    found: Structure, columns: Sequence[tuple[str, Mapping[str, float]]]
+) -> list[Table]:
+    """Figures of layers for which one table has no room: figures are of no use when cut."""
+    made: list[Table] = []
+    for start in range(0, len(columns), _COLUMNS):
+        part = columns[start : start + _COLUMNS]
+        table = _table(("layer", "left"), *((name, "right") for name, _ in part))
+        for layer in found.layers:
+            table.add_row(layer, *(f"{column[layer]:.4g}" for _, column in part))
+        made.append(table)
+    return made
+
+
+def agreement_table(inspection: Inspection) -> Group:
+    """How the measures and the truth agree, and what all of it says in words."""
+    told = [Text(line) for line in answers(inspection)]
+    if len(inspection.columns) < 2:
+        return Group(*told)
+    table = _table(("rank correlation", "left"))
+    for name in inspection.agreement:
+        table.add_column(name, justify="right")
+    for name, row in inspection.agreement.items():
+        table.add_row(name, *(_dash(None) if v is None else f"{v:.2f}" for v in row.values()))
+    return Group(table, *told)
+
+
+def structure_json(source: Source, found: Structure, inspection: Inspection) -> dict[str, Any]:
+    """The same as JSON, with a record for each layer."""
+    columns = inspection.columns
     layers = [
         {
             "layer": layer.name,
@@ -60,11 +92,19 @@ def structure_json(
             "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
             "reads_with": layer.reads,
             "fused_with": layer.fused,
-            **{name: scores[name][layer.name] for name in scores},
+            **{name: columns[name][layer.name] for name in columns},
         }
         for layer in found.layers.values()
     ]
-    return {"model": source.label, "layers": layers, "left": dict(found.left)}
+    made: dict[str, Any] = {"model": source.label, "layers": layers, "left": dict(found.left)}
+    if truth := inspection.truth:
+        told = {"done": truth.done, "text": truth.text, "windows": truth.windows}
+        made["truth"] = told
+    if columns:
+        made["agreement"] = {name: dict(row) for name, row in inspection.agreement.items()}
+        made["left_out"] = dict(inspection.left_out)
+        made["answers"] = answers(inspection)
+    return made
 
 
 def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
