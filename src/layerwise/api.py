@@ -118,6 +118,7 @@ def inspect(
     measures: str | Sequence[str] = "all",
     *,
     truth: bool = False,
+    against: Model | None = None,
     calibration: Text | None = None,
     samples: int = 64,
     length: int = 256,
@@ -138,6 +139,8 @@ def inspect(
         measures: Names of measures; "all" for those that the model and the texts allow.
         truth: Measure the KL that the model's answers move by when one layer alone becomes what
             the first level (4 bits, unless `wish` prunes) makes of it, for every layer.
+        against: Another model of the same layers, such as the one it was made from, for measures
+            that compare with it.
         calibration: Text to gather evidence on.
         samples: Windows of it.
         length: Tokens per window.
@@ -167,6 +170,7 @@ def inspect(
             texts,
             kept,
             progress or Silent(),
+            None if against is None else rewritten(open_source(against), asked.rewriting, texts),
             **where,
         )
 

@@ -37,6 +37,7 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 chosen.model,
                 measures,
                 truth=chosen.truth,
+                against=chosen.against,
                 **_calibration(chosen),
                 text=chosen.text,
                 text_samples=chosen.text_samples,

@@ -71,6 +71,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise inspect MODEL --measure all --truth --bits 3 --group 32 --calibration text.txt",
         "layerwise inspect MODEL --measure all --truth --density 0.5 --pruner wanda \\",
         "    --calibration text.txt -o layers.svg",
+        "layerwise inspect TUNED --measure rotation,alignment --against BASE --calibration t.txt",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument(
@@ -84,6 +85,11 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         action="store_true",
         help="measure the KL that each layer brings when it alone becomes what the first width, "
         "--density and --rank make of it",
+    )
+    made.add_argument(
+        "--against",
+        metavar="BASE",
+        help="another model of the same layers, such as the one it was made from",
     )
     made.add_argument(
         "-o", "--output", metavar="FILE", help="picture to write (SVG): layers, and how all agree"

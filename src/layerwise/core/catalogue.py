@@ -43,13 +43,24 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
+        # (tokens, width), what a block answers where the model's embeddings are disturbed.
+        "disturbed": "calibration",
+        # Of a model and of another: what the other's block answers to the same text; the mean loss
+        # of both, (2,); and that of the first, (points,), while a layer alone, or a block and all
+        # before it, goes to the other's in even steps.
+        "base_outputs": "calibration",
+        "ends": "calibration",
+        "path": "calibration",
+        "growing_path": "calibration",
         "grad": "gradients",  # (out, in), mean gradient of the loss
+        # A function of a direction, (out, in): the Hessian of the mean loss by the weight times it.
+        "hessian": "gradients",
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
     }
 )
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
-PAIRED = frozenset({"base"})
+PAIRED = frozenset({"base", "base_outputs", "ends", "path", "growing_path"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")

@@ -17,6 +17,7 @@ from layerwise.core.text import Windows
 from layerwise.flow.agreeing import agreement
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level, label
+from layerwise.flow.pairing import PATH_WINDOWS, POINTS, check_pair, evidence_for
 from layerwise.flow.preparing import Prepared, Texts, calibration_text, check_loss, prepare
 from layerwise.flow.probing import Probe
 from layerwise.flow.survey import Survey, everywhere, running_in_blocks, survey
@@ -55,6 +56,7 @@ def look(
     texts: Texts,
     cache: Cache,
     progress: Progress,
+    base: Source | None = None,
     **where: Any,
 ) -> Inspection:
     """Find out what is asked for; nothing is written but to the cache.
@@ -67,14 +69,17 @@ def look(
         texts: What is read, and how much of it.
         cache: Where results of levels are kept.
         progress: Is told of each block.
+        base: Another model of the same layers, for measures that compare with it.
         where: Where the block at work is put, and whether a checkpoint's own Python may run.
 
     Raises:
         UserError: A measure that was named, or the truth, cannot be had of this model.
     """
     wanted = wish.fitted(found)
+    if base is not None:
+        check_pair(source, base, found)
     every = list(asked.measures) == [ALL]
-    methods, left_out = _allowed(source, texts) if every else (_named(asked.measures), {})
+    methods, left_out = _allowed(source, texts, base) if every else (_named(asked.measures), {})
     levels = _levels(methods, asked, wanted)
     steps = [catalogue.get(id) for level in levels for id, _ in level.steps]
     proof = "auto" if asked.truth else "none"
@@ -94,15 +99,17 @@ def look(
         check_level(prepared, wanted, level)
     even = [everywhere(level, found, source, wanted.options) for level in levels]
     candidates = candidates_of(prepared, cache)
-    seen = survey(
-        prepared,
-        {name: [plans[name] for plans in even] for name in found.layers},
-        options=wanted.options,
-        measures=methods,
-        lenient=every,
-        candidates=candidates,
-        progress=progress,
-    )
+    with shelf(_large(prepared, methods), cache.folder) as kept:
+        seen = survey(
+            prepared,
+            {name: [plans[name] for plans in even] for name in found.layers},
+            options=wanted.options,
+            measures=methods,
+            told=evidence_for(methods, prepared, base, kept, progress),
+            lenient=every,
+            candidates=candidates,
+            progress=progress,
+        )
     left_out |= seen.refused
     columns = _columns(seen, asked.widths)
     if every:
@@ -113,7 +120,7 @@ def look(
     truth = None
     if asked.truth:
         windows = _to_compare(prepared)
-        with shelf(_large(prepared), cache.folder) as kept:
+        with shelf(_large(prepared, ()), cache.folder) as kept:
             probe = Probe(prepared, wanted.format, wanted.options, candidates, windows.ids, kept)
             kl = probe.apart(even[0], progress)
         truth = Truth(kl, _told(levels[0]), windows.label, len(windows.ids))
@@ -134,21 +141,25 @@ def _named(names: Sequence[str]) -> list[catalogue.Method]:
     return [catalogue.get(f"measure/{name}") for name in names]
 
 
-def _allowed(source: Source, texts: Texts) -> tuple[list[catalogue.Method], dict[str, str]]:
+def _allowed(
+    source: Source, texts: Texts, base: Source | None
+) -> tuple[list[catalogue.Method], dict[str, str]]:
     """The measures that a model and texts allow, and why the others do not."""
     left_out: dict[str, str] = {}
     kept: list[catalogue.Method] = []
     for method in catalogue.methods("measure"):
-        if reason := _refusal(method, source, texts):
+        if reason := _refusal(method, source, texts, base):
             left_out[method.name] = reason
         else:
             kept.append(method)
     return kept, left_out
 
 
-def _refusal(method: catalogue.Method, source: Source, texts: Texts) -> str:
+def _refusal(method: catalogue.Method, source: Source, texts: Texts, base: Source | None) -> str:
     """Why a measure cannot be had; "" if it can, as far as is known before the model runs."""
-    if catalogue.PAIRED.intersection(method.evidence):
+    if "hessian" in method.evidence:
+        return "it runs the whole model many times for each layer; ask for it by name"
+    if base is None and catalogue.PAIRED.intersection(method.evidence):
         return "it compares with another model, and none was given (--against BASE)"
     if method.calibrated and calibration_text(source, texts) is None:
         return "it reads a calibration text, and none was given (--calibration TEXT)"
@@ -198,8 +209,11 @@ def _told(level: LayerPlan) -> str:
     return f"{label(level)} by {by}{grid}"
 
 
-def _large(prepared: Prepared) -> bool:
+def _large(prepared: Prepared, methods: Sequence[catalogue.Method]) -> bool:
     """Whether the windows that are carried with each layer changed are too many for memory."""
     width = int(prepared.source.config.get("hidden_size") or 1)
     tokens = prepared.heldout.tokens if prepared.heldout else 0
+    if any("path" in method.evidence for method in methods) and prepared.calibration:
+        window = prepared.calibration.tokens // len(prepared.calibration.ids)
+        tokens = max(tokens, PATH_WINDOWS * len(POINTS) * window)
     return 4 * (1 + len(prepared.found.layers)) * tokens * width > _IN_MEMORY

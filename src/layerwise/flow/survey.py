@@ -243,7 +243,7 @@ class _Look:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
         gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
-        return calibrated_words(self.measures) | tried | gram
+        return (calibrated_words(self.measures) - self.told.keys()) | tried | gram
 
     def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
         """The codes of a block's layers that are learned together, at each level that needs it."""

@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from layerwise.core.catalogue import Method
 from layerwise.testing import cases
 
-_TOKENS = ("inputs", "outputs")  # evidence with one row per token
+# Evidence with one row per token.
+_TOKENS = ("inputs", "outputs", "disturbed", "base_outputs")
 
 
 def answers_one_finite_number(method: Method) -> None:
@@ -38,6 +41,18 @@ def a_worse_approximation_scores_higher(method: Method) -> None:
         for factor in (0.0, 0.5, 1.0, 2.0)
     ]
     assert scores == sorted(set(scores))
+
+
+def nothing_scores_less_than_what_did_not_move(method: Method) -> None:
+    """Where a layer or a block is held against that of another model, the same one is lowest."""
+    pairs = {"base": "weight", "base_outputs": "outputs"}
+    for other, own in pairs.items():
+        if not {other, own} <= set(method.evidence):
+            continue
+        for name, given in _layers(method):
+            noise = torch.randn(given[own].shape, generator=torch.Generator().manual_seed(0))
+            moved = method.run(**{**given, other: given[own].float() + noise})
+            assert method.run(**{**given, other: given[own]}) <= moved + 1e-6, name
 
 
 def ignores_the_order_of_tokens(method: Method) -> None:
