@@ -12,6 +12,7 @@ from layerwise.core.fisher import answered
 from layerwise.core.runner import Runner
 from layerwise.core.structure import Layer
 
+_PICTURES = 64  # at once
 Product = Callable[[Float[Tensor, "out in"]], Float[Tensor, "out in"]]
 
 
@@ -23,7 +24,7 @@ class Curvature(Mapping[str, Product]):
         H v = d/dW <g(W), v>
 
     The loss is that of `WeightGradients`.  The whole model is in memory, and the graph of one
-    window with its second derivatives, from the layer on.
+    window (or of some pictures) with its second derivatives, from the layer on.
 
     Args:
         runner: Runs the model.
@@ -36,6 +37,8 @@ class Curvature(Mapping[str, Product]):
         self._runner = runner
         self._ids = ids
         self._answer = runner.differentiable("")
+        text = ids.dim() == 2 and not ids.is_floating_point()
+        self._at_once = 1 if text else _PICTURES
 
     def __getitem__(self, name: str) -> Product:
         layer = self.layers[name]
@@ -43,8 +46,8 @@ class Curvature(Mapping[str, Product]):
 
         def product(direction: Tensor) -> Tensor:
             total, predicted = torch.zeros(weight.shape, dtype=torch.float64), 0
-            for window in self._ids.split(1):
-                turned, count = self._of(name, weight, direction, window)
+            for windows in self._ids.split(self._at_once):
+                turned, count = self._of(name, weight, direction, windows)
                 total += turned.cpu()
                 predicted += count
             return (total / max(predicted, 1)).float()
@@ -58,9 +61,9 @@ class Curvature(Mapping[str, Product]):
         return len(self.layers)
 
     def _of(
-        self, name: str, weight: Tensor, direction: Tensor, window: Tensor
+        self, name: str, weight: Tensor, direction: Tensor, windows: Tensor
     ) -> tuple[Tensor, int]:
-        """The product for the loss of a window, summed over predictions, and their number."""
+        """The product for the loss of some windows, summed over predictions, and their number."""
         moving = weight.clone().requires_grad_()
         seen = False
 
@@ -71,8 +74,8 @@ class Curvature(Mapping[str, Product]):
 
         # Fused attention has no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            logits = self._answer(window, {name: linear})
-            scored, chosen = answered(self._runner, logits, window)
+            logits = self._answer(windows, {name: linear})
+            scored, chosen = answered(self._runner, logits, windows)
             if not seen:
                 if "expert" in name:
                     return torch.zeros_like(weight), len(chosen)

@@ -17,7 +17,7 @@ from layerwise.core.text import Windows
 from layerwise.flow.agreeing import agreement
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level, label
-from layerwise.flow.pairing import PATH_WINDOWS, POINTS, check_pair, evidence_for
+from layerwise.flow.pairing import PATH_TOKENS, POINTS, check_pair, evidence_for
 from layerwise.flow.preparing import Prepared, Texts, calibration_text, check_loss, prepare
 from layerwise.flow.probing import Probe
 from layerwise.flow.survey import Survey, everywhere, running_in_blocks, survey
@@ -214,6 +214,5 @@ def _large(prepared: Prepared, methods: Sequence[catalogue.Method]) -> bool:
     width = int(prepared.source.config.get("hidden_size") or 1)
     tokens = prepared.heldout.tokens if prepared.heldout else 0
     if any("path" in method.evidence for method in methods) and prepared.calibration:
-        window = prepared.calibration.tokens // len(prepared.calibration.ids)
-        tokens = max(tokens, PATH_WINDOWS * len(POINTS) * window)
+        tokens = max(tokens, PATH_TOKENS * len(POINTS))
     return 4 * (1 + len(prepared.found.layers)) * tokens * width > _IN_MEMORY

@@ -22,14 +22,15 @@ from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.survey import Told
 
-# Windows of the calibration text that a loss is found on, once for each layer and point.
-PATH_WINDOWS = 8
+# Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
+# point.
+PATH_TOKENS = 2048
 # Shares of the other model at which the loss is found.
 POINTS = (0.0, 0.5, 1.0)
 # Size of the noise on embeddings, as a share of theirs.
 DISTURBANCE = 0.05
-# Windows that the Hessian is found on.
-CURVATURE_WINDOWS = 4
+# Tokens (or pictures) that the Hessian is found on.
+CURVATURE_TOKENS = 512
 
 
 def check_pair(source: Source, base: Source, found: Structure) -> None:
@@ -82,16 +83,22 @@ def evidence_for(
         told["disturbed"] = _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf)
     if "hessian" in words:
         layers = prepared.found.layers
-        told["hessian"] = Curvature(runner, layers, text.ids[:CURVATURE_WINDOWS])
+        told["hessian"] = Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS))
     if base is not None and words & {"base_outputs", "ends", "path", "growing_path"}:
         other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
         if "base_outputs" in words:
             start = shelf.keep("base", other.starting(text.ids), len(text.ids))
             told["base_outputs"] = _Stream(other, start, "base", shelf)
         if words & {"ends", "path", "growing_path"}:
-            between = _Between(prepared, other, text.ids[:PATH_WINDOWS], shelf)
+            between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
             told |= between.evidence(words, progress)
     return told
+
+
+def some(ids: Tensor, tokens: int) -> Tensor:
+    """The first windows, as many as have so many tokens, one at least; or so many pictures."""
+    of_tokens = ids.dim() == 2 and not ids.is_floating_point()
+    return ids[: max(1, tokens // (ids.shape[1] if of_tokens else 1))]
 
 
 @dataclass(frozen=True)

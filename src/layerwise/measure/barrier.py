@@ -20,10 +20,10 @@ def barrier(path: Float[Tensor, " points"], ends: Float[Tensor, " two"]) -> floa
     At the three points 0, 1/2, 1 it is the official code's L(1/2) - (L(A) + L(B)) / 2.  The loss at
     a = 1, with the layer exchanged, is left out: that is no average.
 
-    The line is that between both networks, not between A and A with B's layer: where B is worse
-    than A, a layer that does nothing has a barrier below 0, the same for all.  Below 0 stays
-    below 0: networks that are not at their minimum gain by averaging.  Biases go with their layer;
-    norms stay.
+    The line is that between both networks, not between A and A with B's layer, so a layer that
+    does nothing has a barrier of (L(A) - L(B)) / 2, the same for all.  Below 0 stays below 0:
+    networks that are not at their minimum gain by averaging.  Biases go with their layer; norms
+    stay.
 
     Args:
         path: Mean loss on the way, evenly spaced from A to B's layer.

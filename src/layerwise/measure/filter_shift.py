@@ -38,8 +38,9 @@ def filter_shift(
         D = sum_i v_i (KL(P_i || Q_i) + KL(Q_i || P_i))         nats
 
     0 for the same filters in any order, 2 ln(1 / eps) or so where no bin is shared.  It grows as
-    populations shrink, by their empty bins: two draws of one distribution of n filters are about
-    bins / n apart, so that layers of very different sizes are not to be compared.
+    populations shrink, by their empty bins: two draws of normal filters are about 4.3 apart if they
+    are 100, 0.22 if 1,000 and 0.018 if 10,000.  Layers of very different sizes are not to be
+    compared, and those of few filters show little: fewer bins help.
 
     The paper compares all filters of many models at once, on one basis for all of them; here one
     layer of two models, on a basis of both.  It does not say that a layer which moved further is
