@@ -16,6 +16,7 @@ from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
 from layerwise.core.inspection import Inspection
+from layerwise.core.labelled import Labels
 from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
@@ -70,6 +71,8 @@ def measure(
     calibration: Text | None = None,
     samples: int = 64,
     length: int = 256,
+    labels: Labels | None = None,
+    label_examples: int = 1000,
     levels: Sequence[int] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -83,7 +86,9 @@ def measure(
         measures: Names of measures; those that compare see the first level, or 4 bits.
         calibration: Text to gather evidence on.
         samples: Windows of it.
-        length: Tokens per window.
+        length: Tokens per window, and the most of a labelled text.
+        labels: Texts of known classes: a file, a directory, or pairs of a text and its class.
+        label_examples: How many of them.
         levels: Widths to find the error of every layer at.
         device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -92,7 +97,8 @@ def measure(
     """
     names = [measures] if isinstance(measures, str) else measures
     chosen = [catalogue.get(f"measure/{name}") for name in names]
-    asked, texts = Wish(**wish), Texts(calibration, samples, length)
+    texts = Texts(calibration, samples, length, labels=labels, label_examples=label_examples)
+    asked = Wish(**wish)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
     source = rewritten(open_source(model), asked.rewriting, texts, **where)
     found = structure(source)
@@ -124,6 +130,8 @@ def inspect(
     length: int = 256,
     text: Text | None = None,
     text_samples: int = 16,
+    labels: Labels | None = None,
+    label_examples: int = 1000,
     levels: Sequence[int] = (),
     cache: bool = True,
     cache_bytes: int = CACHE_BYTES,
@@ -146,6 +154,9 @@ def inspect(
         length: Tokens per window.
         text: Text that the KL is measured on; by default one that calibration did not see.
         text_samples: Windows of it.
+        labels: Texts of known classes, for measures that read them: a file of lines of text, tab,
+            label, one of JSON lines, a directory of such, or pairs of a text and its class.
+        label_examples: How many of them.
         levels: Widths to find the error of every layer at.
         cache: Keep what is made of layers for other runs.
         cache_bytes: Most that all that is kept may take.
@@ -157,7 +168,9 @@ def inspect(
     Raises:
         UserError: What is asked for cannot be had of this model.
     """
-    asked, texts = Wish(**wish), Texts(calibration, samples, length, text, text_samples, False)
+    asked = Wish(**wish)
+    shown = (calibration, samples, length, text, text_samples, False)
+    texts = Texts(*shown, labels=labels, label_examples=label_examples)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
     source = rewritten(open_source(model), asked.rewriting, texts, **where)
     names = [measures] if isinstance(measures, str) else measures

@@ -41,6 +41,8 @@ def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
                 **_calibration(chosen),
                 text=chosen.text,
                 text_samples=chosen.text_samples,
+                labels=chosen.labels,
+                label_examples=chosen.label_examples,
                 levels=_widths("--bits", chosen.bits) if chosen.bits else (),
                 **_cache(chosen),
                 **_machine(chosen),

@@ -72,6 +72,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise inspect MODEL --measure all --truth --density 0.5 --pruner wanda \\",
         "    --calibration text.txt -o layers.svg",
         "layerwise inspect TUNED --measure rotation,alignment --against BASE --calibration t.txt",
+        "layerwise inspect MODEL --measure concept_depth --labels reviews.tsv",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument(
@@ -104,6 +105,11 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     _rank(level)
     _add_method_flags(made, arguments)
     _calibration(made)
+    probed = made.add_argument_group("labelled texts, for probes")
+    probed.add_argument(
+        "--labels", metavar="FILE", help="lines of text, tab, label; JSON lines; or a directory"
+    )
+    probed.add_argument("--label-examples", type=int, default=1000, help="texts of it (1000)")
     text = made.add_argument_group("text for --truth")
     text.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
     text.add_argument("--text-samples", type=int, default=16, help="windows of it (16)")
@@ -275,7 +281,9 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument("--needs", choices=("nothing", "calibration", "gradients", "models"))
+    made.add_argument(
+        "--needs", choices=("nothing", "calibration", "labels", "gradients", "models")
+    )
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
@@ -513,7 +521,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in _NAMING:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            names = [name for name in value.split(",") if name != "all"]
+            names = [name for name in value.split(",") if name not in ("", "all")]
             found += [f"{_NAMING[flag]}/{name}" for name in names]
     return found
 

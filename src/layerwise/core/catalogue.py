@@ -21,7 +21,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
-Need = Literal["nothing", "calibration", "gradients", "models"]
+Need = Literal["nothing", "calibration", "labels", "gradients", "models"]
 
 VERBS = ("measure", "allocate", "quantize", "prune", "compensate")
 
@@ -52,6 +52,25 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "ends": "calibration",
         "path": "calibration",
         "growing_path": "calibration",
+        # Of a block: what it does to the residual stream, and what hangs on that.
+        "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
+        "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
+        # Log-probabilities of the next token, one (windows, length, vocabulary) per batch of the
+        # first windows, readable more than once: as the model answers; as it would if its stream
+        # ended before the block; without the block; without it for all tokens of a window but the
+        # first; without it for the tokens of a window's first half, less its first.
+        "answers": "calibration",
+        "lens": "calibration",
+        "removed": "calibration",
+        "skipped": "calibration",
+        "frozen": "calibration",
+        "ids": "calibration",  # (windows, length), the tokens of those windows
+        # (later, windows, length): how far what each later block adds to the stream changes when
+        # the block is `skipped` or `frozen`, as a share of what it adds else.
+        "skip_effects": "calibration",
+        "freeze_effects": "calibration",
+        "states": "labels",  # (examples, width), what a block answers at a text's last token
+        "labels": "labels",  # (examples,), the class of each text, from 0
         "grad": "gradients",  # (out, in), mean gradient of the loss
         # A function of a direction, (out, in): the Hessian of the mean loss by the weight times it.
         "hessian": "gradients",
@@ -63,7 +82,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 PAIRED = frozenset({"base", "base_outputs", "ends", "path", "growing_path"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
-_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "models")
+_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "labels", "gradients", "models")
 
 # Options that a plan says for each layer, or a budget for all of them; `fold` says whether
 # something that feeds the layer can take its scales.
@@ -145,6 +164,7 @@ class Method:
     learns: Callable[..., Learned] | None = None
     settles: Callable[..., Mapping[str, Any]] | None = None
     fine: bool = False
+    across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -178,6 +198,11 @@ class Method:
     def calibrated(self) -> bool:
         """It reads what only a calibration text can show."""
         return any(EVIDENCE[word] in GATHERED for word in self.evidence)
+
+    @property
+    def labelled(self) -> bool:
+        """It reads what only texts of known classes can show."""
+        return any(EVIDENCE[word] == "labels" for word in self.evidence)
 
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:
@@ -220,6 +245,7 @@ class Verb(Generic[R]):
         learns: Callable[..., Learned] | None = None,
         settles: Callable[..., Mapping[str, Any]] | None = None,
         fine: bool = False,
+        across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -244,6 +270,8 @@ class Verb(Generic[R]):
                 before weights are read: takes the weight, (out, in), and every option, and returns
                 fields of the layer's plan, of which `why` says the reason.
             fine: An allocator by scores sets each item's density by itself, and is offered many.
+            across: What a measure says of the whole model: numbers by name, from its records of
+                all blocks (or layers) in their order.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -268,6 +296,7 @@ class Verb(Generic[R]):
                 learns,
                 settles,
                 fine,
+                across,
             )
             self._check(method)
             _methods[method.id] = method

@@ -1,7 +1,7 @@
 """What calibration shows of an input, accumulated as it streams by."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -113,6 +113,66 @@ class AttentionCollector:
                 "Use a method that does not, such as gptq.",
             )
         return {"attention": torch.cat(self._seen)}
+
+
+class UpdateCollector:
+    """Keeps what a block adds to the residual stream, addition by addition.
+
+    The stream is what the block is given, and then each sum of it and something else of its shape.
+
+    Args:
+        block: The block, for messages.
+    """
+
+    def __init__(self, block: str) -> None:
+        self.block = block
+        self._seen: list[list[Tensor]] = []
+        self._stream: Tensor | None = None
+        self._place = 0
+
+    def begin(self, entering: Tensor) -> None:
+        """Take note of a batch that the block is given."""
+        self._stream, self._place = entering, 0
+
+    def see(self, terms: Sequence[Any], total: Tensor) -> None:
+        """Take in a sum of two terms, which may be of something else."""
+        own = [place for place, term in enumerate(terms) if _same(term, self._stream)]
+        if not own or not _alike(terms[1 - own[0]], self._stream):
+            return
+        if self._place == len(self._seen):
+            self._seen.append([])
+        self._seen[self._place].append(terms[1 - own[0]].float().cpu().flatten(0, -2))
+        self._stream, self._place = total, self._place + 1
+
+    def end(self, leaving: Tensor) -> None:
+        """Take note of what the block answers to the batch.
+
+        Raises:
+            UserError: It is no such sum.
+        """
+        if not self._place or not _same(leaving, self._stream):
+            raise UserError(
+                f"{self.block} does not answer with what it is given and what it adds to that, so "
+                "there is no residual stream to measure.",
+                "Use a measure that reads none, such as lim.",
+            )
+
+    def evidence(self) -> Mapping[str, Any]:
+        """What was added, one (tokens, width) for each addition in their order."""
+        return {"updates": tuple(torch.cat(parts) for parts in self._seen)}
+
+
+def _same(one: Any, other: Tensor | None) -> bool:
+    return (
+        isinstance(one, Tensor)
+        and other is not None
+        and one.data_ptr() == other.data_ptr()
+        and one.numel() == other.numel()
+    )
+
+
+def _alike(one: Any, other: Tensor | None) -> bool:
+    return isinstance(one, Tensor) and other is not None and one.numel() == other.numel()
 
 
 @runtime_checkable

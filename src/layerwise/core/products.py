@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layerwise.core.activation import Activation
-from layerwise.core.evidence import AttentionCollector, Listener, Watcher
+from layerwise.core.evidence import AttentionCollector, Listener, UpdateCollector, Watcher
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
 Answer = Callable[[Tensor], Tensor]
@@ -121,6 +121,21 @@ class Attend(_Mode):
         return func(*args, **kwargs)
 
 
+class Follow(_Mode):
+    """Shows every sum of two tensors to a collector, which knows the residual stream."""
+
+    def __init__(self, collector: UpdateCollector) -> None:
+        super().__init__()
+        self.collector = collector
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
+        total = func(*args, **kwargs)
+        if func in _SUMS and len(args) == 2 and not kwargs:
+            self.collector.see(args, total)
+        return total
+
+
 class RoundedKeys(_Mode):
     """Has attention see keys as a cache of rounded ones keeps them: after rotary embeddings.
 
@@ -185,6 +200,14 @@ def _shown(take: Callable[[Tensor], None], across: int, gradient: Tensor) -> Non
 
 
 _PRODUCTS = (nn.functional.linear, torch.addmm, nn.functional.conv2d)
+_SUMS = (
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+)
 
 
 def _weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -25,8 +25,18 @@ FLOAT8_DTYPE = torch.float8_e4m3fn
 _EXACT = 2**24 // (128 * 255)
 _CACHED = 1 << 16  # entries
 
+# What a measure answers: a number, or several by name, of which the first is its score.
+Score = float | Mapping[str, float]
+
 # The tensors that codes are stored as, by name: dtype and shape.
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def record(answer: Score) -> dict[str, float]:
+    """What a measure answered, by name; a bare number has the name ""."""
+    if not isinstance(answer, Mapping):
+        return {"": float(answer)}
+    return {name: float(value) for name, value in answer.items()}
 
 
 class Coded(ABC):

@@ -22,10 +22,10 @@ from layerwise.core.carried import Activations, batches, filled
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import AttentionCollector, Listener, Watcher
+from layerwise.core.evidence import AttentionCollector, Listener, UpdateCollector, Watcher
 from layerwise.core.extras import need
 from layerwise.core.learning import BlockAnswer
-from layerwise.core.products import Answer, Answered, Attend, Listen, Tap
+from layerwise.core.products import Answer, Answered, Attend, Follow, Listen, Tap
 from layerwise.core.rewriting import Rewritten
 from layerwise.core.structure import Structure, block_of, structure
 
@@ -145,14 +145,19 @@ class Runner:
         """The same with weights of zeros, which take no memory: to see what running it takes."""
         return self._other(empty=True)
 
-    def _other(self, *, tokens: int = 0, empty: bool = False) -> "Runner":
+    def anew(self) -> "Runner":
+        """The same as if it had run nothing: for windows of another length."""
+        return self._other(anew=True)
+
+    def _other(self, *, tokens: int = 0, empty: bool = False, anew: bool = False) -> "Runner":
         other = copy.copy(self)
         other.tokens = tokens or self.tokens
         other._empty = empty
         # What one learns of calls goes with how its first block answers.
-        other._calls = {} if empty else dict(self._calls)
+        other._calls = {} if empty or anew else dict(self._calls)
         before = self.original
-        other.original = other if before is self else before._other(tokens=tokens, empty=empty)
+        how: Any = {"tokens": tokens, "empty": empty, "anew": anew}
+        other.original = other if before is self else before._other(**how)
         return other
 
     def modules(self, block: str) -> dict[str, nn.Module]:
@@ -248,10 +253,12 @@ class Runner:
         collectors: Mapping[str, Watcher] | None = None,
         answers: Mapping[str, Answer] | None = None,
         attention: AttentionCollector | None = None,
+        updates: UpdateCollector | None = None,
     ) -> Iterator[Tensor]:
         """What `forward` gives, batch after batch: each is read when the one before is done.
 
-        `attention` is shown what each token of each batch receives.
+        `attention` is shown what each token of each batch receives, `updates` all that is added to
+        the residual stream.
         """
         dtype = hidden.dtype if block else torch.float32
         parameters = self._parameters(block, dtype, changed=changed)
@@ -259,10 +266,13 @@ class Runner:
         answering = self._answering(parameters, block, answers or {})
         module, args, kwargs = self._called(block, dtype)
         for batch in batches(hidden, self.batch(hidden)):
-            with torch.no_grad(), _modes(answering, watched, attention):
-                outcome = functional_call(
-                    module, parameters, (batch.to(self.device), *args), kwargs
-                )
+            entering = batch.to(self.device)
+            if updates is not None:
+                updates.begin(entering)
+            with torch.no_grad(), _modes(answering, watched, attention, updates):
+                outcome = functional_call(module, parameters, (entering, *args), kwargs)
+            if updates is not None:
+                updates.end(_first(outcome))
             # Yielded outside: a generator left half-way must not hold the caller's modes.
             yield _first(outcome).cpu()
 
@@ -752,6 +762,7 @@ def _modes(
     answers: Mapping[int, Answer],
     watched: Mapping[int, Sequence[Watcher]],
     attention: AttentionCollector | None,
+    updates: UpdateCollector | None,
 ) -> Generator[None]:
     """Products watched and answered as is wished, where anything is."""
     with contextlib.ExitStack() as entered:
@@ -761,6 +772,8 @@ def _modes(
             entered.enter_context(Tap(watched))
         if attention is not None:
             entered.enter_context(Attend(attention))
+        if updates is not None:
+            entered.enter_context(Follow(updates))
         yield
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +136,29 @@ def _tokens(
     source: Source, documents: Sequence[str], wanted: int
 ) -> tuple[Int[Tensor, " tokens"], str]:
     """Tokens of the first documents, as many of these as `wanted` tokens take; the special ones."""
+    encode, special = encoder(source)
+    ids: list[int] = []
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        if len(ids) >= wanted:
+            break
+        for one in encode(documents[start : start + _DOCUMENTS_AT_ONCE]):
+            ids += one
+    return torch.tensor(ids, dtype=torch.long), special
+
+
+def encoder(source: Source) -> tuple[Callable[[Sequence[str]], list[list[int]]], str]:
+    """What gives the tokens of each of some documents, and says which special ones it adds.
+
+    Args:
+        source: The model; its directory holds the tokenizer.
+
+    Raises:
+        UserError: It has none, or one that cannot be read.
+    """
     folder = next((f.parent for f in source.companions if f.name == "tokenizer.json"), None)
     if folder is None:
         if source.config.get("vocab_size") == 256:  # a model of bytes needs no tokenizer
-            data = [byte for text in documents for byte in text.encode()]
-            return torch.tensor(data, dtype=torch.long), "none: a token is a byte"
+            return lambda texts: [list(text.encode()) for text in texts], "none: a token is a byte"
         raise UserError(
             f"{source.label} has no tokenizer.json, so text cannot become its tokens.",
             "Copy the tokenizer into the model's directory, or pass token ids from Python.",
@@ -154,12 +172,6 @@ def _tokens(
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    ids: list[int] = []
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        if len(ids) >= wanted:
-            break
-        for one in tokenizer.encode_batch(list(documents[start : start + _DOCUMENTS_AT_ONCE])):
-            ids += one.ids
     added = " ".join(tokenizer.encode("").tokens)
     special = f"{added} with each document, as the tokenizer adds it" if added else "none"
-    return torch.tensor(ids, dtype=torch.long), special
+    return lambda texts: [one.ids for one in tokenizer.encode_batch(list(texts))], special

@@ -4,10 +4,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
-from layerwise.core.results import Coded, LowRank, Pruned
+from layerwise.core.results import Coded, LowRank, Pruned, Score
 
-# How important or how damaged a layer (or a block) is: one number, higher is more.
-measure: Verb[float] = Verb("measure")
+# How important or how damaged a layer (or a block) is: one number, higher is more; or a record of
+# numbers by name, whose first is that one.  The names are the same for all layers.
+measure: Verb[Score] = Verb("measure")
 
 # The index of one level per item.  The costs of the chosen levels never exceed `budget`,
 # which is in the unit of `costs` (bytes for bits, weights kept for sparsity) and for the

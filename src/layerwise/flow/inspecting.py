@@ -124,7 +124,12 @@ def look(
             probe = Probe(prepared, wanted.format, wanted.options, candidates, windows.ids, kept)
             kl = probe.apart(even[0], progress)
         truth = Truth(kl, _told(levels[0]), windows.label, len(windows.ids))
-    made = Inspection(source.label, columns, left_out, truth)
+    details = {
+        name: found
+        for name, found in seen.columns.items()
+        if name not in seen.scores and name.partition(".")[0] in columns
+    }
+    made = Inspection(source.label, columns, details, seen.about, left_out, truth)
     return replace(made, agreement=agreement(made.columns))
 
 
@@ -163,6 +168,8 @@ def _refusal(method: catalogue.Method, source: Source, texts: Texts, base: Sourc
         return "it compares with another model, and none was given (--against BASE)"
     if method.calibrated and calibration_text(source, texts) is None:
         return "it reads a calibration text, and none was given (--calibration TEXT)"
+    if method.labelled and texts.labels is None:
+        return "it reads texts of known classes, and none were given (--labels FILE)"
     try:
         check_loss(source, [method])
     except UserError as error:

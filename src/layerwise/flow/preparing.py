@@ -11,12 +11,14 @@ from torch import Tensor
 
 from layerwise import builtin, export
 from layerwise.core import catalogue, memory
+from layerwise.core.ablation import ANSWERED
 from layerwise.core.catalogue import EVIDENCE
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.format import Format
+from layerwise.core.labelled import Labelled, Labels, labelled
 from layerwise.core.plan import Plan, check_plan
 from layerwise.core.rewriting import Rewriting, pair_peaks, rewrite, stream_of
 from layerwise.core.runner import Runner
@@ -43,6 +45,8 @@ class Texts:
         heldout: Text that the result is compared on; None for one that calibration did not use.
         heldout_samples: Windows of it.
         noise_floor: Whether the original in bfloat16 is compared with itself.
+        labels: Texts of known classes, for measures that read them.
+        label_examples: How many of them.
     """
 
     calibration: Text | None = None
@@ -51,6 +55,8 @@ class Texts:
     heldout: Text | None = None
     heldout_samples: int = 32
     noise_floor: bool = True
+    labels: Labels | None = None
+    label_examples: int = 1000
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Prepared:
     calibration: Windows | None
     heldout: Windows | None
     noise_floor: bool = False
+    labelled: Labelled | None = None
 
 
 def rewritten(
@@ -134,6 +141,7 @@ def prepare(
     if text is not None:
         needy += learning
     check_loss(source, methods)
+    probing = _labelled(source, methods, texts)
     if isinstance(source, ModuleSource):
         if format is not None and format.directory and proof != "none":
             raise UserError(
@@ -148,7 +156,7 @@ def prepare(
         need_packages(format, purpose)
         if format.adapts and any(method.verb == "compensate" for method in methods):
             need("peft", purpose)
-    if not needy and not proving:
+    if not needy and not proving and probing is None:
         return Prepared(source, found, None, None, None)
     runner = Runner(source, found, device=device, trust_remote_code=trust_remote_code)
     calibration = None
@@ -156,7 +164,27 @@ def prepare(
         calibration = windows(source, text, samples=texts.samples, length=texts.length)
     heldout = _heldout(source, text, texts, calibration) if proving else None
     floor = texts.noise_floor and heldout is not None and not runner.whole
-    return Prepared(source, found, runner, calibration, heldout, floor)
+    return Prepared(source, found, runner, calibration, heldout, floor, probing)
+
+
+def _labelled(source: Source, methods: Sequence[catalogue.Method], texts: Texts) -> Labelled | None:
+    """The labelled texts, where a method reads them."""
+    needy = [method.id for method in methods if method.labelled]
+    if not needy:
+        return None
+    if texts.labels is None:
+        raise UserError(
+            f"{needy[0]} looks for what blocks know of texts of known classes, and none were "
+            "given.",
+            "Add --labels FILE to `layerwise inspect`: lines of text, tab, label, or JSON lines "
+            "with text and label.",
+        )
+    if isinstance(source, ModuleSource):
+        raise UserError(
+            f"{source.label} is in memory, and has no tokenizer for labelled texts.",
+            "Save it with its tokenizer (save_pretrained(DIR)) and give DIR.",
+        )
+    return labelled(source, texts.labels, examples=texts.label_examples, length=texts.length)
 
 
 def calibration_text(source: Source, texts: Texts) -> Text | None:
@@ -167,13 +195,20 @@ def calibration_text(source: Source, texts: Texts) -> Text | None:
 
 
 def check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
-    """Refuse gradients of a loss for a model that answers with features.
+    """Refuse what takes a distribution for a model that answers with features.
 
     Raises:
         UserError: It names a method that reads them.
     """
-    needy = [m.id for m in methods if any(EVIDENCE[word] == "gradients" for word in m.evidence)]
+    answering = [method.id for method in methods if ANSWERED.intersection(method.evidence)]
     architecture = (source.config.get("architectures") or [""])[0]
+    if answering and architecture and not architecture.endswith(LANGUAGE_MODELS):
+        raise UserError(
+            f"{answering[0]} reads how a model foretells tokens, and {source.label} is a "
+            f"{architecture}.",
+            "Give the model with its language-modelling head.",
+        )
+    needy = [m.id for m in methods if any(EVIDENCE[word] == "gradients" for word in m.evidence)]
     if needy and architecture and not _has_head(architecture):
         raise UserError(
             f"{needy[0]} reads gradients of a loss, and {source.label} is a {architecture}, which "

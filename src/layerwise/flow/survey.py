@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import Made, Transformed, check_finite, transform
+from layerwise.core.apply import Made, Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.carried import Activations, shelf
 from layerwise.core.catalogue import PAIRED
@@ -22,13 +22,16 @@ from layerwise.core.fisher import WeightGradients
 from layerwise.core.joint import learned_together
 from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
-from layerwise.core.results import Coded
+from layerwise.core.results import Coded, record
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
+from layerwise.flow.views import Views, weight_of
 
 # Evidence that was gathered beforehand, by word, then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
+# What a measure answered, by layer and name.
+Records = Mapping[str, Mapping[str, float]]
 # Codes that were learned together, by the level that all layers had then, and by layer.
 Learnt = Mapping[LayerPlan, Mapping[str, Coded]]
 
@@ -40,14 +43,35 @@ class Survey:
     Attributes:
         levels: Plans that were tried, by layer.
         losses: What they cost, by layer.
-        scores: Score of each layer, by measure and then by layer.
+        records: What measures answered, by measure, layer and name; the name of a measure's one
+            number is "".
+        about: What measures say of the whole model, by measure and name.
         refused: Measures that cannot be had of this model, with the reason.
     """
 
     levels: Mapping[str, Sequence[LayerPlan]]
     losses: Mapping[str, Losses]
-    scores: Mapping[str, Mapping[str, float]]
+    records: Mapping[str, Records]
+    about: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Score of each layer, by measure and then by layer: the first number of its record."""
+        return {
+            measure: {layer: next(iter(found.values())) for layer, found in records.items()}
+            for measure, records in self.records.items()
+        }
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """All numbers of each layer, by `measure` or `measure.name` and then by layer."""
+        made: dict[str, dict[str, float]] = {}
+        for measure, records in self.records.items():
+            for layer, found in records.items():
+                for name, value in found.items():
+                    made.setdefault(f"{measure}.{name}".rstrip("."), {})[layer] = value
+        return made
 
     @property
     def errors(self) -> dict[str, list[float]]:
@@ -108,10 +132,10 @@ def survey(
     )
     per_layer = any("norms" in method.evidence for method in of_blocks)
     words = look.words() | ({"norm"} if per_layer else set())
-    runs = runner is not None and calibration is not None
+    runs = calibration is not None or prepared.labelled is not None
     blocks = runner.blocks if runner and runs else found.blocks
     progress.stage("measure", len(blocks))
-    scores: dict[str, dict[str, float]] = {m.name: {} for m in measures}
+    records: dict[str, dict[str, Mapping[str, float]]] = {m.name: {} for m in measures}
     folder = candidates.cache.folder if candidates else None
     with shelf(economy.on_disk, folder) as kept:
         hidden: Activations | None = None
@@ -121,6 +145,7 @@ def survey(
         gradients = None
         if runner and calibration is not None and GRAD in words:
             gradients = WeightGradients(runner, calibration, kept)
+        views = Views(prepared, runner, of_blocks, kept, told)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
@@ -132,7 +157,7 @@ def survey(
             for group in by_input(layers).values():
                 if seen is not None and per_layer:
                     norms |= dict.fromkeys((one.name for one in group), seen.of(group)["norm"])
-                look.at(group, seen, coded, scores)
+                look.at(group, seen, coded, records)
             del seen  # before activations are carried on
             after = None
             if runner and hidden is not None and (of_blocks or block != blocks[-1]):
@@ -140,16 +165,32 @@ def survey(
                 into = None if of_blocks else hidden
                 parts = runner.carry(block, hidden, {})
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
+            view = views.at(number, block, layers, norms, hidden, after)
             for method in of_blocks:
-                given = _block_evidence(method, prepared.source, layers, hidden, after, norms)
-                given |= {word: told[word][block] for word in method.evidence if word in told}
                 with look.sparing(method):
-                    value = float(method.run(**given, **options.get(method.id, {})))
-                    scores[method.name] |= {layer.name: value for layer in layers}
+                    answer = method.run(**view.of(method), **options.get(method.id, {}))
+                    records[method.name] |= dict.fromkeys((x.name for x in layers), record(answer))
             hidden = after
             progress.step(block)
-    scored = {name: found for name, found in scores.items() if name not in look.refused}
-    return Survey(levels, look.losses, scored, look.refused)
+    for name in look.refused:
+        del records[name]
+    about = _about([m for m in measures if m.name in records], records, found)
+    return Survey(levels, look.losses, records, about, look.refused)
+
+
+def _about(
+    measures: Sequence[catalogue.Method], records: Mapping[str, Records], found: Structure
+) -> dict[str, Mapping[str, float]]:
+    """What measures say of the whole model."""
+    made: dict[str, Mapping[str, float]] = {}
+    for method in measures:
+        if method.across is None or not records[method.name]:
+            continue
+        layers = found.layers.items()
+        of = {one.block if method.unit == "block" else name: name for name, one in layers}
+        seen = [records[method.name][name] for name in of.values() if name in records[method.name]]
+        made[method.name] = method.across(seen)
+    return made
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
@@ -166,7 +207,11 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
 
 def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
     """Why a measure of blocks cannot be had of a model that runs as a whole; "" if it can."""
-    of_blocks = method.verb == "measure" and method.unit == "block" and method.calibrated
+    of_blocks = (
+        method.verb == "measure"
+        and method.unit == "block"
+        and (method.calibrated or method.labelled)
+    )
     if of_blocks and prepared.runner and prepared.runner.whole:
         return (
             f"{method.id} looks at what a block sees, and {prepared.source.label} runs as a whole, "
@@ -254,7 +299,7 @@ class _Look:
         if not works or not members or hidden is None:
             return {}
         evidence = {reads: seen.of(group) for reads, group in by_input(members).items()}
-        weights = [_weight(self.source, layer) for layer in members]
+        weights = [weight_of(self.source, layer) for layer in members]
         return {
             work: learned_together(
                 seen.runner,
@@ -276,7 +321,7 @@ class _Look:
         group: Sequence[Layer],
         seen: Seen | None,
         coded: Learnt,
-        scores: dict[str, dict[str, float]],
+        records: Mapping[str, dict[str, Mapping[str, float]]],
     ) -> None:
         """Look at layers that read one input, unless all is known of them."""
         asked = {one.name: self.levels.get(one.name, ()) for one in group}
@@ -284,11 +329,11 @@ class _Look:
             self.losses.update({n: self.known[n] for n in asked if n in self.known})
             return
         evidence = {} if seen is None else seen.of(group)
-        weights = [_weight(self.source, layer) for layer in group]
+        weights = [weight_of(self.source, layer) for layer in group]
         trial = Trial(group, weights, evidence, self.options, coded, self.told)
         for method in self.measures:
             with self.sparing(method):
-                scores[method.name] |= trial.scores(method, self.levels)
+                records[method.name].update(trial.records(method, self.levels))
         self.losses.update(trial.losses(self.levels, self.known, self.candidates))
 
 
@@ -347,14 +392,14 @@ class Trial:
         coded = self.coded.get(replace(plans[0], rank=0))
         return transform(group, weights, self.evidence, plans, self.options, self.made, coded)
 
-    def scores(
+    def records(
         self, method: catalogue.Method, levels: Mapping[str, Sequence[LayerPlan]]
-    ) -> dict[str, float]:
+    ) -> dict[str, Mapping[str, float]]:
         """A measure of each layer."""
         given: dict[str, Any] = {
             word: self.evidence[word] for word in method.evidence if word in self.evidence
         }
-        scores: dict[str, float] = {}
+        records: dict[str, Mapping[str, float]] = {}
         made: list[Transformed] = []
         if "approximation" in method.evidence:
             first = [levels[layer.name][0] for layer in self.group]
@@ -366,8 +411,8 @@ class Trial:
                 own["weight"] = weight
             if "approximation" in method.evidence:
                 own["approximation"] = made[number].weight
-            scores[layer.name] = float(method.run(**own, **self.options.get(method.id, {})))
-        return scores
+            records[layer.name] = record(method.run(**own, **self.options.get(method.id, {})))
+        return records
 
 
 def _shared_steps(one: LayerPlan, other: LayerPlan) -> int:
@@ -378,12 +423,6 @@ def _shared_steps(one: LayerPlan, other: LayerPlan) -> int:
         same += 1
     ranked = same == len(steps[0]) == len(steps[1]) and bool(one.rank and other.rank)
     return same + ranked
-
-
-def _weight(source: Source, layer: Layer) -> Tensor:
-    weight = layer.matrix(source.read(layer.tensor)).to(torch.float32, copy=True).contiguous()
-    check_finite(layer.tensor, weight)
-    return weight
 
 
 def for_layer(level: LayerPlan, layer: Layer) -> LayerPlan:
@@ -434,25 +473,3 @@ def everywhere(
         (one,) = settled([level], item, source, options)
         made |= {layer.name: for_layer(one, layer) for layer in item}
     return {name: made[name] for name in found.layers}
-
-
-def _block_evidence(
-    method: catalogue.Method,
-    source: Source,
-    layers: Sequence[Layer],
-    hidden: Activations | None,
-    after: Activations | None,
-    norms: Mapping[str, Any],
-) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    if "weights" in method.evidence:
-        made["weights"] = [_weight(source, layer) for layer in layers]
-    if "norms" in method.evidence:
-        made["norms"] = [norms[layer.name] for layer in layers]
-    if hidden is not None and after is not None:
-        made |= {
-            word: states[:].flatten(0, -2)
-            for word, states in (("inputs", hidden), ("outputs", after))
-            if word in method.evidence
-        }
-    return made

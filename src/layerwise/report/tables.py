@@ -29,13 +29,13 @@ _COLUMNS = 8
 def structure_table(source: Source, found: Structure, inspection: Inspection) -> Group:
     """The layers of a model with what was found out about them, and what is left alone."""
     table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
-    tables = [table, *_more_tables(found, list(inspection.columns.items())[_COLUMNS:])]
-    first = dict(list(inspection.columns.items())[:_COLUMNS])
+    tables = [table, *_more_tables(found, list(inspection.shown.items())[_COLUMNS:])]
+    first = dict(list(inspection.shown.items())[:_COLUMNS])
     for name in first:
         table.add_column(name, justify="right")
     for layer in found.layers.values():
         size = layer.count * source.tensors[layer.tensor].dtype.itemsize
-        values = [f"{column[layer.name]:.4g}" for column in first.values()]
+        values = [_known(column.get(layer.name)) for column in first.values()]
         table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
@@ -48,7 +48,15 @@ def structure_table(source: Source, found: Structure, inspection: Inspection) ->
         f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
         f"work on, {_mb(total)} MB in all"
     )
-    return Group(*tables, alone, Text(line))
+    about = [
+        Text(f"{measure}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        for measure, found in inspection.about.items()
+    ]
+    return Group(*tables, *about, alone, Text(line))
+
+
+def _known(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _more_tables(
@@ -60,7 +68,7 @@ def _more_tables(
         part = columns[start : start + _COLUMNS]
         table = _table(("layer", "left"), *((name, "right") for name, _ in part))
         for layer in found.layers:
-            table.add_row(layer, *(f"{column[layer]:.4g}" for _, column in part))
+            table.add_row(layer, *(_known(column.get(layer)) for _, column in part))
         made.append(table)
     return made
 
@@ -80,7 +88,7 @@ def agreement_table(inspection: Inspection) -> Group:
 
 def structure_json(source: Source, found: Structure, inspection: Inspection) -> dict[str, Any]:
     """The same as JSON, with a record for each layer."""
-    columns = inspection.columns
+    columns = inspection.shown
     layers = [
         {
             "layer": layer.name,
@@ -92,7 +100,7 @@ def structure_json(source: Source, found: Structure, inspection: Inspection) -> 
             "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
             "reads_with": layer.reads,
             "fused_with": layer.fused,
-            **{name: columns[name][layer.name] for name in columns},
+            **{name: column.get(layer.name) for name, column in columns.items()},
         }
         for layer in found.layers.values()
     ]
@@ -102,6 +110,7 @@ def structure_json(source: Source, found: Structure, inspection: Inspection) -> 
         made["truth"] = told
     if columns:
         made["agreement"] = {name: dict(row) for name, row in inspection.agreement.items()}
+        made["about"] = {name: dict(told) for name, told in inspection.about.items()}
         made["left_out"] = dict(inspection.left_out)
         made["answers"] = answers(inspection)
     return made

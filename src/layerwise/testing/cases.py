@@ -11,6 +11,8 @@ from layerwise.core.catalogue import Method
 
 _STEPS = 12
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
+_WINDOWS, _VOCABULARY, _LATER = 4, 12, 3
+_EXAMPLES, _CLASSES = 60, 3
 
 
 def weights() -> dict[str, Float[Tensor, "_ _"]]:
@@ -47,6 +49,8 @@ def evidence(
     costs = _costs(weights)
     stream = inputs.roll(1, 0) + inputs
     models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
+    length = TOKENS // _WINDOWS
+    labels = torch.arange(_EXAMPLES) % _CLASSES
     made: dict[str, Any] = {
         "weight": weight,
         "weights": weights,
@@ -60,7 +64,16 @@ def evidence(
         "norms": tuple(norm * (1 + place) for place, _ in enumerate(weights)),
         "magnitude": inputs.abs().mean(dim=0),  # (in,)
         "peak": inputs.abs().amax(dim=0),  # (in,)
-        "attention": torch.rand(4, TOKENS // 4, generator=noise),  # (windows, length)
+        "attention": torch.rand(_WINDOWS, length, generator=noise),  # (windows, length)
+        "positions": torch.arange(length).repeat(_WINDOWS),
+        # Together what a block's outputs are more than its inputs.
+        "updates": (inputs.roll(1, 0) / 4, inputs.roll(1, 0) * 3 / 4),
+        **_answers(noise, seen),
+        "ids": torch.randint(_VOCABULARY, (_WINDOWS, length), generator=noise),
+        "skip_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
+        "freeze_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
+        "states": inputs[:_EXAMPLES] + _marks(labels, weight.shape[1]) * seen,
+        "labels": labels,
         "scores": torch.tensor([0.5, 2.0, 0.0, 1.0]),
         "costs": costs,
         "errors": _errors(costs),
@@ -114,6 +127,22 @@ def _inputs(width: int, noise: torch.Generator) -> Float[Tensor, "tokens width"]
     inputs[:, 17:18] = 0.0
     inputs[:, 23:24] = 1.0
     return inputs
+
+
+def _answers(noise: torch.Generator, seen: bool) -> dict[str, list[Tensor]]:
+    """Log-probabilities in two batches: the model's, and ever farther ones."""
+    shape = (_WINDOWS, TOKENS // _WINDOWS, _VOCABULARY)
+    logits = 3 * torch.randn(shape, generator=noise) * seen
+    made: dict[str, list[Tensor]] = {}
+    for place, word in enumerate(("answers", "frozen", "skipped", "removed", "lens")):
+        moved = logits + place * torch.randn(shape, generator=noise) * seen
+        made[word] = list(moved.log_softmax(dim=-1).split(3))
+    return made
+
+
+def _marks(labels: Int64[Tensor, " examples"], width: int) -> Float[Tensor, "examples width"]:
+    """What tells classes apart, as far as there is room for it."""
+    return 4 * torch.nn.functional.one_hot(labels, max(width, _CLASSES)).float()[:, :width]
 
 
 def _like(weight: Float[Tensor, "..."], noise: torch.Generator) -> Float[Tensor, "..."]:
