@@ -1,5 +1,6 @@
 """Barriers of layers and of growing groups of blocks, against whole models that are averaged."""
 
+import itertools
 import statistics
 
 import pytest
@@ -127,7 +128,7 @@ def test_one_layer_hardly_ever_has_a_barrier_all_together_do():
 
 def _net():
     sides = (64, 128, 128, 128, 128, 128, 10)
-    layers = [nn.Linear(a, b) for a, b in zip(sides, sides[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sides)]
     return nn.Sequential(*(part for one in layers for part in (one, nn.ReLU())))[:-1]
 
 

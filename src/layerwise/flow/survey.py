@@ -26,7 +26,7 @@ from layerwise.core.results import Coded, record
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
-from layerwise.flow.views import Views, weight_of
+from layerwise.flow.views import View, Views, weight_of
 
 # Evidence that was gathered beforehand, by word, then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
@@ -166,16 +166,12 @@ def survey(
                 parts = runner.carry(block, hidden, {})
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
             view = views.at(number, block, layers, norms, hidden, after)
-            for method in of_blocks:
-                with look.sparing(method):
-                    answer = method.run(**view.of(method), **options.get(method.id, {}))
-                    records[method.name] |= dict.fromkeys((x.name for x in layers), record(answer))
+            look.through(view, of_blocks, records)
             hidden = after
             progress.step(block)
-    for name in look.refused:
-        del records[name]
-    about = _about([m for m in measures if m.name in records], records, found)
-    return Survey(levels, look.losses, records, about, look.refused)
+    answered = look.spared(records)
+    about = _about(measures, answered, found)
+    return Survey(levels, look.losses, answered, about, look.refused)
 
 
 def _about(
@@ -184,7 +180,7 @@ def _about(
     """What measures say of the whole model."""
     made: dict[str, Mapping[str, float]] = {}
     for method in measures:
-        if method.across is None or not records[method.name]:
+        if method.across is None or not records.get(method.name):
             continue
         layers = found.layers.items()
         of = {one.block if method.unit == "block" else name: name for name, one in layers}
@@ -207,12 +203,9 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
 
 def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
     """Why a measure of blocks cannot be had of a model that runs as a whole; "" if it can."""
-    of_blocks = (
-        method.verb == "measure"
-        and method.unit == "block"
-        and (method.calibrated or method.labelled)
-    )
-    if of_blocks and prepared.runner and prepared.runner.whole:
+    of_blocks = method.verb == "measure" and method.unit == "block"
+    reads = method.calibrated or method.labelled
+    if of_blocks and reads and prepared.runner and prepared.runner.whole:
         return (
             f"{method.id} looks at what a block sees, and {prepared.source.label} runs as a whole, "
             "not block by block."
@@ -284,11 +277,28 @@ class _Look:
                 raise
             self.refused.setdefault(method.name, error.problem)
 
+    def through(
+        self,
+        view: View,
+        measures: Sequence[catalogue.Method],
+        records: Mapping[str, dict[str, Mapping[str, float]]],
+    ) -> None:
+        """Look at a block with the measures of blocks."""
+        names = [layer.name for layer in view.layers]
+        for method in measures:
+            with self.sparing(method):
+                answer = method.run(**view.of(method), **self.options.get(method.id, {}))
+                records[method.name].update(dict.fromkeys(names, record(answer)))
+
+    def spared(self, records: Mapping[str, Records]) -> dict[str, Records]:
+        """What measures answered that refused no layer."""
+        return {name: found for name, found in records.items() if name not in self.refused}
+
     def words(self) -> frozenset[str]:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
         gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
-        return (calibrated_words(self.measures) - self.told.keys()) | tried | gram
+        return calibrated_words(self.measures).difference(self.told) | tried | gram
 
     def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
         """The codes of a block's layers that are learned together, at each level that needs it."""
