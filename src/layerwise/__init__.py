@@ -3,10 +3,10 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`, `federate`; and `forecast`, which says what carrying out a plan takes, `load`, for a
-model of any format, `stack`, for one that grows and shrinks while it is in use, and `sparsify`, for
-one that leaves work out.
+The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`,
+`evaluate`, `federate`; `measure`, for scores alone; and `forecast`, which says what carrying out a
+plan takes, `load`, for a model of any format, `stack`, for one that grows and shrinks while it is
+in use, and `sparsify`, for one that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         evaluate,
         federate,
         forecast,
+        inspect,
         load,
         measure,
         open,
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "federate",
     "forecast",
+    "inspect",
     "load",
     "measure",
     "open",

@@ -15,6 +15,7 @@ from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
+from layerwise.core.inspection import Inspection
 from layerwise.core.labelled import Labels
 from layerwise.core.outcome import Evaluation, Report, Sweep
 from layerwise.core.plan import Plan
@@ -31,6 +32,7 @@ from layerwise.flow.compressing import compress as _compress
 from layerwise.flow.federating import Clients
 from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
+from layerwise.flow.inspecting import Looking, look
 from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
@@ -124,6 +126,75 @@ def measure(
         measures=chosen,
         progress=progress or Silent(),
     )
+
+
+def inspect(
+    model: Model,
+    measures: str | Sequence[str] = "all",
+    *,
+    truth: bool = False,
+    against: Model | None = None,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 16,
+    labels: Labels | None = None,
+    label_examples: int = 1000,
+    levels: Sequence[int] = (),
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **wish: Any,
+) -> Inspection:
+    """Score every layer, find out what each brings alone, and compare the rankings.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        measures: Names of measures; "all" for those that the model and the texts allow.
+        truth: Measure the KL that the model's answers move by when one layer alone becomes what
+            the first level (4 bits, unless `wish` prunes) makes of it, for every layer.
+        against: Another model of the same layers, such as the one it was made from, for measures
+            that compare with it.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text that the KL is measured on; by default one that calibration did not see.
+        text_samples: Windows of it.
+        labels: Texts of known classes, for measures that read them: a file of lines of text, tab,
+            label, one of JSON lines, a directory of such, or pairs of a text and its class.
+        label_examples: How many of them.
+        levels: Widths to find the error of every layer at.
+        cache: Keep what is made of layers for other runs.
+        cache_bytes: Most that all that is kept may take.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of each block.
+        wish: Fields of `Wish` that say how a level is made: method, group, density, pruner, rank …
+
+    Raises:
+        UserError: What is asked for cannot be had of this model.
+    """
+    asked = Wish(**wish)
+    shown = (calibration, samples, length, text, text_samples, False)
+    texts = Texts(*shown, labels=labels, label_examples=label_examples)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    names = [measures] if isinstance(measures, str) else measures
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        return look(
+            source,
+            structure(source),
+            Looking(names, levels, truth),
+            asked,
+            texts,
+            kept,
+            progress or Silent(),
+            None if against is None else rewritten(open_source(against), asked.rewriting, texts),
+            **where,
+        )
 
 
 def plan(

@@ -14,70 +14,57 @@ from layerwise.cli.parser import LOCAL, WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
+from layerwise.core.inspection import Inspection
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import bytes_of, check_types, read_yaml
 from layerwise.flow import reporting
 from layerwise.flow.wish import Wish
 
-# The measure that is also found at several widths at once.
-ERROR = "error"
+# What the flags of `inspect` say of a level, beside its width and grid.
+_LEVEL = ("method", "density", "pruner", "rank", "compensator")
 
 
 def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise inspect`."""
+    picture = None if chosen.output is None else _new_file(chosen.output)
     opened = lw.open(chosen.model)
     measures = [name for name in chosen.measure.split(",") if name]
-    widths = _widths("--bits", chosen.bits)
-    scores: dict[str, Mapping[str, float]] = {}
-    about: Mapping[str, Mapping[str, float]] = {}
-    if measures:
+    found = Inspection(opened.source.label, {})
+    if measures or chosen.truth:
         with Bars() as bars:
-            looked = lw.measure(
+            found = lw.inspect(
                 chosen.model,
                 measures,
+                truth=chosen.truth,
+                against=chosen.against,
                 **_calibration(chosen),
-                **_machine(chosen),
+                text=chosen.text,
+                text_samples=chosen.text_samples,
                 labels=chosen.labels,
                 label_examples=chosen.label_examples,
-                levels=widths if _compares(measures) else (),
+                levels=_widths("--bits", chosen.bits) if chosen.bits else (),
+                **_cache(chosen),
+                **_machine(chosen),
                 progress=bars,
-                method=chosen.method,
-                options=_own_options(chosen, given),
                 **_grid(chosen),
+                **{name: getattr(chosen, name) for name in _LEVEL},
+                options=_own_options(chosen, given),
             )
-        scores |= looked.columns
-        about = looked.about
-        if ERROR in measures and len(widths) > 1:
-            del scores[ERROR]
-            for place, bits in enumerate(widths):
-                scores[f"{ERROR}_{bits}"] = {n: curve[place] for n, curve in looked.errors.items()}
-    console().print(report.structure_table(opened.source, opened.structure, scores, about))
+    console().print(report.structure_table(opened.source, opened.structure, found))
+    if found.columns:
+        console().print(report.agreement_table(found))
+    if picture is not None:
+        _write_new(picture, report.inspection_svg(found))
+        console().print(f"in pictures: {picture}", markup=False, soft_wrap=True)
     if chosen.json:
-        _print_json(report.structure_json(opened.source, opened.structure, scores, about))
+        _print_json(report.structure_json(opened.source, opened.structure, found))
     return 0
-
-
-def _compares(measures: Sequence[str]) -> bool:
-    """Whether a measure looks at what a width makes of a layer."""
-    return any("approximation" in catalogue.get(f"measure/{m}").evidence for m in measures)
 
 
 def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise plan`."""
-    file = Path(chosen.output)
-    if file.exists():
-        raise UserError(
-            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
-        )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        file.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
-        ) from error
+    file = _new_file(chosen.output)
     opened = lw.open(chosen.model)
     with Bars() as bars:
         made = lw.plan(
@@ -91,9 +78,7 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_cache(chosen),
             progress=bars,
         )
-    staged = file.with_name(file.name + ".partial")
-    staged.write_text(to_yaml(made, chosen.model, opened.structure))
-    staged.rename(file)
+    _write_new(file, to_yaml(made, chosen.model, opened.structure))
     foreseen = lw.forecast(
         chosen.model,
         made,
@@ -115,6 +100,31 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             }
         )
     return 0
+
+
+def _new_file(name: str) -> Path:
+    """A file that is not there and can be made."""
+    file = Path(name)
+    if file.exists():
+        raise UserError(
+            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
+        ) from error
+    return file
+
+
+def _write_new(file: Path, content: str) -> None:
+    """Write a file that is there only once it is whole."""
+    staged = file.with_name(file.name + ".partial")
+    staged.write_text(content, encoding="utf-8")
+    staged.rename(file)
 
 
 def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:

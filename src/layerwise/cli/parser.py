@@ -66,25 +66,55 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "inspect",
-        "show a model's layers, what is left alone, and measures",
+        "show a model's layers, what is left alone, measures, and what each layer brings alone",
         "layerwise inspect builtin:tiny",
         "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --bits 3 --group 32 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --density 0.5 --pruner wanda \\",
+        "    --calibration text.txt -o layers.svg",
+        "layerwise inspect TUNED --measure rotation,alignment --against BASE --calibration t.txt",
         "layerwise inspect MODEL --measure concept_depth --labels reviews.tsv",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
     made.add_argument(
-        "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
+        "--measure",
+        default="",
+        metavar="NAMES",
+        help="measures, comma separated; all: those that the model and the texts allow",
     )
-    _grid(made)
-    _method(made)
+    made.add_argument(
+        "--truth",
+        action="store_true",
+        help="measure the KL that each layer brings when it alone becomes what the first width, "
+        "--density and --rank make of it",
+    )
+    made.add_argument(
+        "--against",
+        metavar="BASE",
+        help="another model of the same layers, such as the one it was made from",
+    )
+    made.add_argument(
+        "-o", "--output", metavar="FILE", help="picture to write (SVG): layers, and how all agree"
+    )
+    level = made.add_argument_group("what is tried on each layer")
+    level.add_argument(
+        "--bits", default="", metavar="WIDTHS", help="widths (4, unless weights are to go)"
+    )
+    _grid(level)
+    _method(level)
+    _sparsity(level)
+    _rank(level)
+    _own_flags(made, arguments)
     _calibration(made)
     probed = made.add_argument_group("labelled texts, for probes")
     probed.add_argument(
         "--labels", metavar="FILE", help="lines of text, tab, label; JSON lines; or a directory"
     )
     probed.add_argument("--label-examples", type=int, default=1000, help="texts of it (1000)")
-    _own_flags(made, arguments)
+    text = made.add_argument_group("text for --truth")
+    text.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    text.add_argument("--text-samples", type=int, default=16, help="windows of it (16)")
+    _cache(made)
     _machine(made)
 
 
@@ -432,6 +462,16 @@ def _method(parser: Any) -> None:
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
 
 
+def _sparsity(how: Any) -> None:
+    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
+    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+
+
+def _rank(how: Any) -> None:
+    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
+    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
+
+
 def _levels(how: Any) -> None:
     how.add_argument(
         "--allow",
@@ -456,8 +496,7 @@ def _levels(how: Any) -> None:
         help="what calibration shows methods: the original model's activations, or those after "
         "earlier blocks were transformed (original for a budget, transformed otherwise)",
     )
-    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
-    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+    _sparsity(how)
     how.add_argument(
         "--pattern",
         default="",
@@ -495,8 +534,7 @@ def _levels(how: Any) -> None:
         help="round the inputs of layers when the model runs: int8, int4 or fp8, with a scale for "
         "each token, or int8-static, int4-static, fp8-static with one for all",
     )
-    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
-    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
+    _rank(how)
     how.add_argument(
         "--allocate",
         default="",
@@ -614,7 +652,8 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in naming:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found += [f"{naming[flag]}/{name}" for name in value.split(",") if name]
+            names = [name for name in value.split(",") if name not in ("", "all")]
+            found += [f"{naming[flag]}/{name}" for name in names]
     return found
 
 

@@ -62,6 +62,15 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
         "slopes": "calibration",  # (windows,), of the loss along a random direction each
+        # (tokens, width), what a block answers where the model's embeddings are disturbed.
+        "disturbed": "calibration",
+        # Of a model and of another: what the other's block answers to the same text; the mean loss
+        # of both, (2,); and that of the first, (points,), while a layer alone, or a block and all
+        # before it, goes to the other's in even steps.
+        "base_outputs": "calibration",
+        "ends": "calibration",
+        "path": "calibration",
+        "growing_path": "calibration",
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
@@ -82,6 +91,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "states": "labels",  # (examples, width), what a block answers at a text's last token
         "labels": "labels",  # (examples,), the class of each text, from 0
         "grad": "gradients",  # (out, in), mean gradient of the loss
+        # A function of a direction, (out, in): the Hessian of the mean loss by the weight times it.
+        "hessian": "gradients",
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
         "server": "clients",  # (...), the global model's tensor before the round
@@ -91,6 +102,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "proxy": "clients",  # loss on the server's own examples, of such a tensor as `server`
     }
 )
+# Evidence of another model than the one that is looked at, whatever else it takes to gather it.
+PAIRED = frozenset({"base", "base_outputs", "ends", "path", "growing_path"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = (
@@ -215,6 +228,8 @@ class Method:
     @property
     def needs(self) -> Need:
         """The dearest evidence the method reads."""
+        if PAIRED.intersection(self.evidence):
+            return "models"
         return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
 
     @property

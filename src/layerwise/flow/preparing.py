@@ -12,6 +12,7 @@ from torch import Tensor
 from layerwise import builtin, export
 from layerwise.core import catalogue, memory
 from layerwise.core.ablation import ANSWERED
+from layerwise.core.catalogue import EVIDENCE
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
@@ -96,9 +97,7 @@ def prepare(
     memory.settle()
     device = device_of(device)
     needy = [*(method.id for method in methods if method.calibrated), *needing]
-    text = texts.calibration
-    if text is None and source.label == builtin.NAME:
-        text = "builtin"
+    text = calibration_text(source, texts)
     if needy and text is None:
         raise UserError(
             f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
@@ -107,7 +106,7 @@ def prepare(
         )
     if text is not None:
         needy += learning
-    _check_loss(source, methods)
+    check_loss(source, methods)
     probing = _labelled(source, methods, texts)
     if isinstance(original(source), ModuleSource):
         if format is not None and format.directory and proof != "none":
@@ -154,8 +153,19 @@ def _labelled(source: Source, methods: Sequence[catalogue.Method], texts: Texts)
     return labelled(source, texts.labels, examples=texts.label_examples, length=texts.length)
 
 
-def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
-    """Refuse what takes a distribution for a model that answers with features."""
+def calibration_text(source: Source, texts: Texts) -> Text | None:
+    """What evidence is gathered on: what was given, or what comes with a built-in model."""
+    if texts.calibration is None and source.label == builtin.NAME:
+        return "builtin"
+    return texts.calibration
+
+
+def check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
+    """Refuse what takes a distribution for a model that answers with features.
+
+    Raises:
+        UserError: It names a method that reads them.
+    """
     answering = [method.id for method in methods if ANSWERED.intersection(method.evidence)]
     architecture = (source.config.get("architectures") or [""])[0]
     if answering and architecture and not architecture.endswith(LANGUAGE_MODELS):
@@ -164,7 +174,7 @@ def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
             f"{architecture}.",
             "Give the model with its language-modelling head.",
         )
-    needy = [method.id for method in methods if method.needs == "gradients"]
+    needy = [m.id for m in methods if any(EVIDENCE[word] == "gradients" for word in m.evidence)]
     if needy and architecture and not _has_head(architecture):
         raise UserError(
             f"{needy[0]} reads gradients of a loss, and {source.label} is a {architecture}, which "

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise import builtin
 from layerwise.core import catalogue
 from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.errors import UserError
@@ -29,7 +28,7 @@ from layerwise.core.runner import Runner
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import windows
 from layerwise.core.walk import gather
-from layerwise.flow.preparing import Texts, device_of, prepare
+from layerwise.flow.preparing import Texts, calibration_text, device_of, prepare
 from layerwise.flow.survey import survey
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -80,7 +79,7 @@ def _calibrated(
     Raises:
         UserError: There is no such text.
     """
-    text = texts.calibration or ("builtin" if source.label == builtin.NAME else None)
+    text = calibration_text(source, texts)
     if text is None:
         raise UserError(
             f"{what} learns from what {source.label} sees of a text, and no text was given.",

@@ -1,7 +1,9 @@
 """Look at every layer of a model without changing it: scores, and the error at each level."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from layerwise.core import catalogue
 from layerwise.core.apply import Made, Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.carried import Activations, Shelf, shelf
+from layerwise.core.catalogue import PAIRED
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
@@ -25,8 +28,10 @@ from layerwise.core.slopes import WeightSlopes
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
-from layerwise.flow.views import Views, weight_of
+from layerwise.flow.views import View, Views, weight_of
 
+# Evidence that was gathered beforehand, by word, then by layer or, for measures of blocks, block.
+Told = Mapping[str, Mapping[str, Any]]
 # What a measure answered, by layer and name.
 Records = Mapping[str, Mapping[str, float]]
 # Codes that were learned together, by the level that all layers had then, and by layer.
@@ -43,12 +48,14 @@ class Survey:
         records: What measures answered, by measure, layer and name; the name of a measure's one
             number is "".
         about: What measures say of the whole model, by measure and name.
+        refused: Measures that cannot be had of this model, with the reason.
     """
 
     levels: Mapping[str, Sequence[LayerPlan]]
     losses: Mapping[str, Losses]
     records: Mapping[str, Records]
     about: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -83,6 +90,8 @@ def survey(
     *,
     options: Options,
     measures: Sequence[catalogue.Method] = (),
+    told: Told = MappingProxyType({}),
+    lenient: bool = False,
     candidates: Candidates | None = None,
     economy: Economy = LAVISH,
     progress: Progress,
@@ -95,6 +104,8 @@ def survey(
         options: Options of methods, by id.
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
+        told: Evidence that this walk does not gather.
+        lenient: Leave out a measure that refuses a layer, with its reason, instead of stopping.
         candidates: Where what levels make of layers is kept; what is there is not made again.
         economy: What to hold on disk, and how much to take up at a time.
         progress: Is told of each block.
@@ -106,6 +117,7 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
+    _check_told(measures, told)
     known = known_losses(found, levels, options, candidates)
     if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
@@ -117,6 +129,8 @@ def survey(
         [m for m in measures if m.unit == "layer"],
         candidates,
         known,
+        told,
+        lenient,
     )
     per_layer = any("norms" in method.evidence for method in of_blocks)
     words = look.words() | ({"norm"} if per_layer else set())
@@ -131,7 +145,7 @@ def survey(
             runner = runner.running(economy.tokens)
             hidden = kept.keep("start", runner.starting(calibration), len(calibration))
         gradients, slopes = _passes(runner, calibration, words, kept)
-        views = Views(prepared, runner, of_blocks, kept)
+        views = Views(prepared, runner, of_blocks, kept, told)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
@@ -152,13 +166,13 @@ def survey(
                 into = None if of_blocks else hidden
                 parts = runner.carry(block, hidden, {})
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
-            view = views.at(number, layers, norms, hidden, after)
-            for method in of_blocks:
-                answer = method.run(**view.of(method), **options.get(method.id, {}))
-                records[method.name] |= dict.fromkeys((x.name for x in layers), record(answer))
+            view = views.at(number, block, layers, norms, hidden, after)
+            look.through(view, of_blocks, records)
             hidden = after
             progress.step(block)
-    return Survey(levels, look.losses, records, _about(measures, records, found))
+    answered = look.spared(records)
+    about = _about(measures, answered, found)
+    return Survey(levels, look.losses, answered, about, look.refused)
 
 
 def _about(
@@ -167,7 +181,7 @@ def _about(
     """What measures say of the whole model."""
     made: dict[str, Mapping[str, float]] = {}
     for method in measures:
-        if method.across is None or not records[method.name]:
+        if method.across is None or not records.get(method.name):
             continue
         layers = found.layers.items()
         of = {one.block if method.unit == "block" else name: name for name, one in layers}
@@ -193,14 +207,30 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
             f"{needy[0]} reads what only a calibration text can show.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
-    measures = [m for m in methods if m.verb == "measure"]
-    running = [m.id for m in measures if m.unit == "block" and (m.calibrated or m.labelled)]
-    if running and prepared.runner and prepared.runner.whole:
-        raise UserError(
-            f"{running[0]} looks at what a block sees, and "
-            f"{prepared.source.label} runs as a whole, not block by block.",
-            "Use a measure of layers, such as error or weight_error.",
+    for method in methods:
+        if problem := running_in_blocks(prepared, method):
+            raise UserError(problem, "Use a measure of layers, such as error or weight_error.")
+
+
+def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
+    """Why a measure of blocks cannot be had of a model that runs as a whole; "" if it can."""
+    of_blocks = method.verb == "measure" and method.unit == "block"
+    reads = method.calibrated or method.labelled
+    if of_blocks and reads and prepared.runner and prepared.runner.whole:
+        return (
+            f"{method.id} looks at what a block sees, and {prepared.source.label} runs as a whole, "
+            "not block by block."
         )
+    return ""
+
+
+def _check_told(measures: Sequence[catalogue.Method], told: Told) -> None:
+    for method in measures:
+        if unknown := [word for word in method.evidence if word in PAIRED and word not in told]:
+            raise UserError(
+                f"{method.id} compares a model with another ({unknown[0]}), and there is none.",
+                "Give one: `layerwise inspect MODEL --against BASE`.",
+            )
 
 
 def known_losses(
@@ -243,13 +273,43 @@ class _Look:
     measures: Sequence[catalogue.Method]
     candidates: Candidates | None
     known: Mapping[str, Losses]
+    told: Told
+    lenient: bool
     losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+
+    @contextlib.contextmanager
+    def sparing(self, method: catalogue.Method) -> Generator[None]:
+        """Where a measure is at work: what it refuses ends it, or the survey."""
+        try:
+            yield
+        except UserError as error:
+            if not self.lenient:
+                raise
+            self.refused.setdefault(method.name, error.problem)
+
+    def through(
+        self,
+        view: View,
+        measures: Sequence[catalogue.Method],
+        records: Mapping[str, dict[str, Mapping[str, float]]],
+    ) -> None:
+        """Look at a block with the measures of blocks."""
+        names = [layer.name for layer in view.layers]
+        for method in measures:
+            with self.sparing(method):
+                answer = method.run(**view.of(method), **self.options.get(method.id, {}))
+                records[method.name].update(dict.fromkeys(names, record(answer)))
+
+    def spared(self, records: Mapping[str, Records]) -> dict[str, Records]:
+        """What measures answered that refused no layer."""
+        return {name: found for name, found in records.items() if name not in self.refused}
 
     def words(self) -> frozenset[str]:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
         gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
-        return calibrated_words(self.measures) | tried | gram
+        return calibrated_words(self.measures).difference(self.told) | tried | gram
 
     def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
         """The codes of a block's layers that are learned together, at each level that needs it."""
@@ -291,9 +351,10 @@ class _Look:
             return
         evidence = {} if seen is None else seen.of(group)
         weights = [weight_of(self.source, layer) for layer in group]
-        trial = Trial(group, weights, evidence, self.options, coded)
+        trial = Trial(group, weights, evidence, self.options, coded, self.told)
         for method in self.measures:
-            records[method.name].update(trial.records(method, self.levels))
+            with self.sparing(method):
+                records[method.name].update(trial.records(method, self.levels))
         self.losses.update(trial.losses(self.levels, self.known, self.candidates))
 
 
@@ -306,6 +367,7 @@ class Trial:
     evidence: Mapping[str, Any]
     options: Options
     coded: Learnt = field(default_factory=dict[LayerPlan, Mapping[str, Coded]])
+    told: Told = field(default_factory=dict[str, Mapping[str, Any]])
     made: Made = field(default_factory=dict[tuple[Any, ...], list[Any]])
 
     def losses(
@@ -365,6 +427,7 @@ class Trial:
             made = self._transformed(range(len(first)), first)
         for number, (layer, weight) in enumerate(zip(self.group, self.weights, strict=True)):
             own = dict(of_layer(given, layer.name))
+            own |= {w: self.told[w][layer.name] for w in method.evidence if w in self.told}
             if "weight" in method.evidence:
                 own["weight"] = weight
             if "approximation" in method.evidence:

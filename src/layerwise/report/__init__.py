@@ -2,9 +2,11 @@
 
 from layerwise.report.figures import evaluation
 from layerwise.report.html import html
+from layerwise.report.inspection_plots import inspection_svg
 from layerwise.report.pages import page
 from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
+    agreement_table,
     claims_table,
     federation_table,
     forecast_line,
@@ -18,11 +20,13 @@ from layerwise.report.tables import (
 )
 
 __all__ = [
+    "agreement_table",
     "claims_table",
     "evaluation",
     "federation_table",
     "forecast_line",
     "html",
+    "inspection_svg",
     "layer_table",
     "methods_table",
     "page",

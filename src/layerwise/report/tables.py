@@ -11,30 +11,32 @@ from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
+from layerwise.core.inspection import Inspection
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.rounds import Federation
 from layerwise.core.structure import Structure
+from layerwise.report.answers import answers
 from layerwise.report.figures import figure, share, windows_line
 
 if TYPE_CHECKING:
     from layerwise.testing.claims import Verdict
 
 
-def structure_table(
-    source: Source,
-    found: Structure,
-    scores: Mapping[str, Mapping[str, float]],
-    about: Mapping[str, Mapping[str, float]],
-) -> Group:
-    """The layers of a model with their scores, what measures say of it all, what is left alone."""
+# Figures of layers that stand side by side.
+_COLUMNS = 8
+
+
+def structure_table(source: Source, found: Structure, inspection: Inspection) -> Group:
+    """The layers of a model with what was found out about them, and what is left alone."""
     table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
-    for name in scores:
+    tables = [table, *_more_tables(found, list(inspection.shown.items())[_COLUMNS:])]
+    first = dict(list(inspection.shown.items())[:_COLUMNS])
+    for name in first:
         table.add_column(name, justify="right")
     for layer in found.layers.values():
         size = layer.count * source.tensors[layer.tensor].dtype.itemsize
-        known = [scores[name].get(layer.name) for name in scores]
-        values = ["" if value is None else f"{value:.4g}" for value in known]
+        values = [_known(column.get(layer.name)) for column in first.values()]
         table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
@@ -47,20 +49,47 @@ def structure_table(
         f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
         f"work on, {_mb(total)} MB in all"
     )
-    told = [
+    about = [
         Text(f"{measure}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        for measure, found in about.items()
+        for measure, found in inspection.about.items()
     ]
-    return Group(table, *told, alone, Text(line))
+    return Group(*tables, *about, alone, Text(line))
 
 
-def structure_json(
-    source: Source,
-    found: Structure,
-    scores: Mapping[str, Mapping[str, float]],
-    about: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    """The same as JSON."""
+def _known(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _more_tables(
+    found: Structure, columns: Sequence[tuple[str, Mapping[str, float]]]
+) -> list[Table]:
+    """Figures of layers for which one table has no room: figures are of no use when cut."""
+    made: list[Table] = []
+    for start in range(0, len(columns), _COLUMNS):
+        part = columns[start : start + _COLUMNS]
+        table = _table(("layer", "left"), *((name, "right") for name, _ in part))
+        for layer in found.layers:
+            table.add_row(layer, *(_known(column.get(layer)) for _, column in part))
+        made.append(table)
+    return made
+
+
+def agreement_table(inspection: Inspection) -> Group:
+    """How the measures and the truth agree, and what all of it says in words."""
+    told = [Text(line) for line in answers(inspection)]
+    if len(inspection.columns) < 2:
+        return Group(*told)
+    table = _table(("rank correlation", "left"))
+    for name in inspection.agreement:
+        table.add_column(name, justify="right")
+    for name, row in inspection.agreement.items():
+        table.add_row(name, *(_dash(None) if v is None else f"{v:.2f}" for v in row.values()))
+    return Group(table, *told)
+
+
+def structure_json(source: Source, found: Structure, inspection: Inspection) -> dict[str, Any]:
+    """The same as JSON, with a record for each layer."""
+    columns = inspection.shown
     layers = [
         {
             "layer": layer.name,
@@ -72,12 +101,20 @@ def structure_json(
             "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
             "reads_with": layer.reads,
             "fused_with": layer.fused,
-            **{name: scores[name].get(layer.name) for name in scores},
+            **{name: column.get(layer.name) for name, column in columns.items()},
         }
         for layer in found.layers.values()
     ]
-    told = {measure: dict(values) for measure, values in about.items()}
-    return {"model": source.label, "layers": layers, "left": dict(found.left), "about": told}
+    made: dict[str, Any] = {"model": source.label, "layers": layers, "left": dict(found.left)}
+    if truth := inspection.truth:
+        told = {"done": truth.done, "text": truth.text, "windows": truth.windows}
+        made["truth"] = told
+    if columns:
+        made["agreement"] = {name: dict(row) for name, row in inspection.agreement.items()}
+        made["about"] = {name: dict(told) for name, told in inspection.about.items()}
+        made["left_out"] = dict(inspection.left_out)
+        made["answers"] = answers(inspection)
+    return made
 
 
 def plan_table(source: Source, found: Structure, plan: Plan) -> Group:

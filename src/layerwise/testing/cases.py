@@ -47,6 +47,7 @@ def evidence(
     weights = _items(weight)
     norm = inputs.square().mean(dim=0).sqrt()  # (in,)
     costs = _costs(weights)
+    stream = inputs.roll(1, 0) + inputs
     models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
     length = TOKENS // _WINDOWS
     labels = torch.arange(_EXAMPLES) % _CLASSES
@@ -57,7 +58,7 @@ def evidence(
         "approximation": _coarse(weight),
         "inputs": inputs,
         # A layer answers in its own width; a block, which has no one weight, in that of its input.
-        "outputs": inputs @ weight.float().T if "weight" in words else inputs.roll(1, 0) + inputs,
+        "outputs": inputs @ weight.float().T if "weight" in words else stream,
         "gram": inputs.T @ inputs / len(inputs),  # (in, in)
         "norm": norm,
         "mean": inputs.mean(dim=0),  # (in,)
@@ -83,6 +84,13 @@ def evidence(
         "grad": _like(weight, noise) * seen / 100,
         "slopes": torch.randn(32, generator=noise) * seen / 100,
         "base": weight,
+        "disturbed": stream + inputs.flip(1) / 20,
+        "base_outputs": stream + inputs.flip(1),
+        "ends": torch.tensor([1.0, 1.5]),
+        "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
+        "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
+        # Of the mean squared output, whose Hessian is 2 gram for every row.
+        "hessian": lambda direction: 2 * direction @ inputs.T @ inputs / len(inputs),
         "models": models,
         "columns": weight.float().norm(dim=0),  # (in,)
         "activations": inputs,
