@@ -4,14 +4,25 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model of any
-format, and `stack`, for one that grows and shrinks while it is in use.
+`merge`, `evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model
+of any format, and `stack`, for one that grows and shrinks while it is in use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan, stack, sweep
+    from layerwise.api import (
+        compress,
+        evaluate,
+        forecast,
+        load,
+        measure,
+        merge,
+        open,
+        plan,
+        stack,
+        sweep,
+    )
     from layerwise.core.errors import UserError
 
 __all__ = [
@@ -21,6 +32,7 @@ __all__ = [
     "forecast",
     "load",
     "measure",
+    "merge",
     "open",
     "plan",
     "stack",

@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         resumed = "Repeat the command to go on where it stopped."
-        remedy = resumed if given[:1] in (["compress"], ["run"]) else "Nothing was written."
+        remedy = (
+            resumed if given[:1] in (["compress"], ["merge"], ["run"]) else "Nothing was written."
+        )
         return _failed("stopped.", remedy, as_json, 2)
     except BrokenPipeError:
         return 0

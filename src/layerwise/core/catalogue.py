@@ -23,7 +23,7 @@ from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "calibration", "gradients", "models"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "compensate")
+VERBS = ("measure", "allocate", "quantize", "prune", "compensate", "merge")
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -46,6 +46,17 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "grad": "gradients",  # (out, in), mean gradient of the loss
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
+        "shares": "models",  # (models,), how much each model counts
+        "cuts": "models",  # (models,), the magnitude from which differences from the base are kept
+        "products": "models",  # (models, models), inner products of whole tensors
+        "entries": "models",  # (...), where in its whole tensor each entry lies
+        "keys": "models",  # (models,), a number for each model and tensor, of its content
+        "states": "models",  # one mapping of names to tensors for each model
+        "origin": "models",  # the common ancestor's tensors by name
+        "symmetries": "models",  # what can be permuted in a model without changing its function
+        "grams": "calibration",  # (models, in, in), what each model's layer reads; None if unknown
+        "fishers": "calibration",  # (models, ...), mean squared gradients of each model's loss
+        "loss": "calibration",  # what a model with such tensors loses on a text, a function
     }
 )
 # What a text that the model reads can show.
@@ -57,11 +68,13 @@ _CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "gradients", "mod
 _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
+#   entry        an entry's result depends on that entry of each tensor alone: a tensor may be cut
+#                anywhere without changing a bit of the result
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
 #                layers that read the same input stacked, without changing a bit of the result
 #   layer        a row's result depends on its whole layer (the default)
 #   input        layers that read the same input must be given together, stacked by rows
-Rows = Literal["independent", "layer", "input"]
+Rows = Literal["entry", "independent", "layer", "input"]
 
 # What the codes of a quantizer stand for, which tells a format whether it has a place for them:
 #   integer   evenly spaced points, code - zero
@@ -168,6 +181,13 @@ class Method:
     def own_options(self) -> dict[str, inspect.Parameter]:
         """The options that neither a layer's plan nor a budget sets."""
         return {name: option for name, option in self.options.items() if name not in _PLANNED}
+
+    @property
+    def merges(self) -> int | None:
+        """How many models it merges, as the shape of `models` says; None for any number."""
+        shape = inspect.signature(self.run).parameters.get("models")
+        first = getattr(getattr(shape, "annotation", None), "dim_str", "").split(" ")[0]
+        return int(first) if first.isdigit() else None
 
     @property
     def must_fold(self) -> bool:

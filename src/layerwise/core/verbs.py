@@ -1,6 +1,8 @@
 """The verbs.  Each one fixes what its methods return and which options they all take."""
 
-from jaxtyping import Int
+from collections.abc import Mapping
+
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
@@ -21,3 +23,7 @@ pruner: Verb[Pruned] = Verb("prune", requires=frozenset({"density"}))
 
 # What is left over when an approximation replaces a weight, as two thin matrices.
 compensator: Verb[LowRank] = Verb("compensate", requires=frozenset({"rank"}))
+
+# One tensor made of the same tensor of several models, in float32; of a method that ties layers
+# together, and reads `states`, all tensors by name.
+merger: Verb[Float[Tensor, "..."] | Mapping[str, Tensor]] = Verb("merge")
