@@ -3,7 +3,7 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`,
+The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
 `evaluate`, `federate`; `measure`, for scores alone; and `forecast`, which says what carrying out a
 plan takes, `load`, for a model of any format, `stack`, for one that grows and shrinks while it is
 in use, and `sparsify`, for one that leaves work out.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         measure,
+        merge,
         open,
         plan,
         sparsify,
@@ -37,6 +38,7 @@ __all__ = [
     "inspect",
     "load",
     "measure",
+    "merge",
     "open",
     "plan",
     "sparsify",

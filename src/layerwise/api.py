@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from layerwise.core import cache as caches
 from layerwise.core import catalogue
+from layerwise.core.blend import Curve, Rule, read_blend
 from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
 from layerwise.core.inspection import Inspection
 from layerwise.core.labelled import Labels
+from layerwise.core.merged import Merge
 from layerwise.core.outcome import Evaluation, Report, Sweep
+from layerwise.core.parents import Missing
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.rounds import Federation
@@ -33,9 +36,12 @@ from layerwise.flow.federating import Clients
 from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.inspecting import Looking, look
+from layerwise.flow.judging import Loss
 from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
+from layerwise.flow.merging import Wanted
+from layerwise.flow.merging import merge as _merge
 from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
@@ -463,6 +469,110 @@ def sweep(
         )
         publish(found, target)
     return found
+
+
+def merge(
+    models: Sequence[Model] = (),
+    out: str | Path = "",
+    *,
+    base: Model | None = None,
+    method: str = "",
+    weights: Sequence[Curve] | None = None,
+    options: Mapping[str, Any] | None = None,
+    plan: str | Path | None = None,
+    dtype: str = "",
+    missing: Missing = "refuse",
+    align: bool = False,
+    calibration: Text | Sequence[Text] | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | Sequence[Text] | None = None,
+    text_samples: int = 32,
+    fit: Text | None = None,
+    fit_evaluations: int = 200,
+    loss: Loss | None = None,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Merge:
+    """Merge models into one, and write it as a directory.
+
+    The order of the models changes nothing, and equal models with equal settings give equal bytes.
+
+    Args:
+        models: Paths, hub ids or modules; by default those of the plan.
+        out: Directory to make; must not exist.
+        base: The model that the others were tuned from; by default that of the plan.
+        method: What merges them; by default the plan's, or linear.
+        weights: How much each model counts: a number, or a list of numbers over depth.
+        options: Options of the method: values, lists with one for each model, or `{"curve": [...]}`
+            with values over depth.
+        plan: A file with weights and options for patterns of tensors.
+        dtype: What floats are stored in: float32, float16 or bfloat16; by default as the models.
+        missing: A tensor that some of the models lack is refused; or kept, made of those that have
+            it; or taken from the base for those that lack it.
+        align: Match rows of embeddings and heads by what their tokens are.
+        calibration: Text that each model's evidence is gathered on, one for all or a list with one
+            for each.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text, or a list of texts, that every model and the result are compared on.
+        text_samples: Windows of each.
+        fit: Text that weights for each group of layers are found on, half of it kept aside.
+        fit_evaluations: Most models that are tried for that.
+        loss: What a module loses, for modules in memory: instead of texts.
+        restart: Throw away a stopped run with other options.
+        trust_remote_code: Let checkpoints bring their own Python.
+        progress: Is told of the stages.
+        recipe: What to write beside the output as recipe.yaml.
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    said = None if plan is None else read_blend(Path(plan))
+    rules = dict(said.rules) if said else {}
+    if weights is not None or options:
+        general = rules.get("*", Rule())
+        given = dict(general.options) | dict(options or {})
+        rules["*"] = Rule(general.weights if weights is None else weights, given)
+    chosen = list(models) or list(said.models if said else ())
+    if not chosen or not str(out):
+        raise UserError("a merge takes models and a directory to make.", "Give both.")
+    wanted = Wanted(
+        method or (said.method if said else "") or "linear",
+        rules,
+        dtype=dtype or (said.dtype if said else ""),
+        missing=missing,
+        align=align,
+        calibration=_texts(calibration),
+        samples=samples,
+        length=length,
+        texts=_texts(text),
+        text_samples=text_samples,
+        fit=fit,
+        fit_evaluations=fit_evaluations,
+        loss=loss,
+    )
+    return _merge(
+        chosen,
+        out,
+        wanted,
+        progress or Silent(),
+        base=base if base is not None else (said.base if said else "") or None,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        recipe=recipe,
+    )
+
+
+def _texts(given: Text | Sequence[Text] | None) -> list[Text]:
+    """One text, or several; a list of strings is a list of texts here."""
+    if given is None:
+        return []
+    if isinstance(given, str | Path | torch.Tensor):
+        return [given]
+    return list(given)
 
 
 def load(

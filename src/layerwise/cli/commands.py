@@ -15,6 +15,7 @@ from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.inspection import Inspection
+from layerwise.core.merged import Merge
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import bytes_of, check_types, read_yaml
@@ -174,9 +175,15 @@ def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Repor
 
 def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as a recipe has them: paths are absolute, and what was not asked for is not in."""
-    paths = ("model", "out", "plan", "calibration", "text")
+    paths = ("model", "models", "base", "out", "plan", "calibration", "text", "fit")
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(one) for one in value]
+        return os.path.abspath(value) if os.path.exists(value) else value
+
     recipe = {
-        name: os.path.abspath(value) if name in paths and os.path.exists(value) else value
+        name: absolute(value) if name in paths else value
         for name, value in arguments.items()
         if value is not None and value not in ("", {}, [])
     }
@@ -215,6 +222,56 @@ def _swept(arguments: Mapping[str, Any]) -> Sweep:
     page = os.path.join(arguments["out"], "sweep.html")
     console().print(f"in pictures: {page}", markup=False, soft_wrap=True)
     return found
+
+
+def merge(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise merge`."""
+    arguments: dict[str, Any] = {
+        "models": chosen.models,
+        "out": chosen.output,
+        "base": chosen.base,
+        "method": chosen.method,
+        "weights": _curves(chosen.weights),
+        "options": next(iter(_own_options(chosen, given).values()), {}),
+        "plan": chosen.plan,
+        "dtype": chosen.dtype,
+        "missing": chosen.missing,
+        "align": chosen.align,
+        "calibration": chosen.calibration,
+        "samples": chosen.samples,
+        "length": chosen.length,
+        "text": chosen.text,
+        "text_samples": chosen.text_samples,
+        "fit": chosen.fit,
+        "fit_evaluations": chosen.fit_evaluations,
+        "trust_remote_code": chosen.trust_remote_code,
+    }
+    done = _merged(arguments, restart=chosen.restart)
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def _merged(arguments: Mapping[str, Any], *, restart: bool = False) -> Merge:
+    """Merge, and show what came of it."""
+    recipe = {"merge": _recorded(arguments)}
+    with Bars() as bars:
+        done = lw.merge(**arguments, restart=restart, progress=bars, recipe=recipe)
+    console().print(report.merge_table(done))
+    return done
+
+
+def _curves(text: str) -> list[float | list[float]] | None:
+    """`0.7,0.3`, or `0/0.5/1,1/0` with values over depth."""
+    if not text:
+        return None
+    try:
+        curves = [[float(one) for one in part.split("/")] for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {text} is not a list of numbers.", "Write 0.7,0.3, or 0/1,1/0 over depth."
+        ) from None
+    return [curve if len(curve) > 1 else curve[0] for curve in curves]
 
 
 def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
@@ -311,6 +368,9 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         elif command == "sweep":
             out = {"out": chosen.output} if chosen.output else {}
             answers.append(_swept(arguments | out).as_json())
+        elif command == "merge":
+            out = {"out": chosen.output} if chosen.output else {}
+            answers.append(_merged(arguments | out).as_json())
         else:
             model = {"model": chosen.output} if chosen.output else {}
             seen = lw.evaluate(**arguments | model)
@@ -513,8 +573,13 @@ def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
 
 
-_STEPS = {"compress": api.compress, "sweep": api.sweep, "evaluate": api.evaluate}
-_STEPS_ARE = "Steps are `compress:`, `sweep:` and `evaluate:`, each with its arguments."
+_STEPS = {
+    "compress": api.compress,
+    "sweep": api.sweep,
+    "merge": api.merge,
+    "evaluate": api.evaluate,
+}
+_STEPS_ARE = "Steps are `compress:`, `sweep:`, `merge:` and `evaluate:`, each with its arguments."
 
 
 def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -542,7 +607,8 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
             f"It has {', '.join(sorted(known))}.",
         )
     check_types(f"{file}: {command}", arguments, known)
-    for needed in ("model",) if command == "evaluate" else ("model", "out"):
+    needs = {"evaluate": ("model",), "merge": ("out",)}
+    for needed in needs.get(command, ("model", "out")):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
 

@@ -9,7 +9,7 @@ from layerwise.cli.parser import build
 from layerwise.core.errors import UserError
 
 # Commands that go on where they stopped.
-_RESUMED = ("compress", "federate", "run")
+_RESUMED = ("compress", "federate", "merge", "run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

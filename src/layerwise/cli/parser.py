@@ -39,7 +39,7 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        *(_inspect, _plan, _compress, _sweep, _evaluate, _federate, _run, _report),
+        *(_inspect, _plan, _compress, _sweep, _merge, _evaluate, _federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
         add(commands, arguments)
@@ -204,6 +204,77 @@ def _sweep(commands: Any, arguments: Sequence[str]) -> None:
     _cache(made)
     _machine(made)
     _memory(made)
+
+
+def _merge(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "merge",
+        "make several models into one, and say how good each is",
+        "layerwise merge A B -o OUT --weights 0.7,0.3",
+        "layerwise merge A B --base Z --method ties --ties-density 0.2 -o OUT --text heldout.txt",
+        "layerwise merge A B --base Z --method task_arithmetic --fit text.txt -o OUT",
+        "layerwise merge recipe.yml -o OUT      # a recipe of mergekit's, or merge.yaml",
+    )
+    made.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"{MODEL_HELP}; or one recipe (.yml, .yaml)"
+    )
+    made.add_argument("-o", "--output", required=True, metavar="OUT", help="directory to make")
+    made.add_argument("--base", metavar="MODEL", help="what the models were tuned from")
+    made.add_argument("--method", default="", metavar="NAME", help="what merges them (linear)")
+    made.add_argument(
+        "--weights",
+        default="",
+        metavar="NUMBERS",
+        help="how much each model counts, comma separated; 0/0.5/1 runs over the depth (1 each)",
+    )
+    made.add_argument("--plan", metavar="FILE", help="weights and options by pattern of tensors")
+    made.add_argument(
+        "--dtype",
+        default="",
+        metavar="NAME",
+        help="store floats as float32, float16 or bfloat16 (as the models do)",
+    )
+    made.add_argument(
+        "--missing",
+        choices=("refuse", "keep", "base"),
+        default="refuse",
+        help="a tensor that some models lack: refuse it, make it of those that have it, or take "
+        "the base's for the others (refuse)",
+    )
+    made.add_argument(
+        "--align",
+        action="store_true",
+        help="match rows of embeddings by token, where models have different tokenizers",
+    )
+    for title, flags in _method_flags(arguments):
+        section = made.add_argument_group(title)
+        for flag, how in flags:
+            section.add_argument(flag, **how)
+    text = made.add_argument_group("texts")
+    text.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT",
+        help=f"{TEXT_HELP}: what evidence is gathered on; once, or once for each model",
+    )
+    text.add_argument("--samples", type=int, default=64, help="windows of each (64)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    text.add_argument(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help="compare every model and the result on it; may be given again",
+    )
+    text.add_argument("--text-samples", type=int, default=32, help="windows of each (32)")
+    text.add_argument(
+        "--fit", metavar="TEXT", help="find weights for each group of layers on half of it"
+    )
+    text.add_argument(
+        "--fit-evaluations", type=int, default=200, help="most models tried for that (200)"
+    )
+    made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    made.add_argument("--trust-remote-code", action="store_true", help="run the models' own code")
 
 
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
@@ -633,7 +704,7 @@ _NAMING = {
     "--measure": "measure",  # several, with commas
 }
 # Commands that are a verb.
-_VERBS = frozenset({"federate"})
+_VERBS = frozenset({"federate", "merge"})
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
@@ -667,7 +738,9 @@ def option_flags(id: str) -> dict[str, inspect.Parameter]:
     """The options that a method takes beyond those of a plan, by the name of their flag."""
     from layerwise.core import catalogue
 
-    own = catalogue.get(id).own_options
+    method = catalogue.get(id)
+    # What a plan sets for compression is a merge's own.
+    own = method.options if method.verb == "merge" else method.own_options
     return {name.replace("_", "-"): option for name, option in own.items()}
 
 
@@ -689,4 +762,6 @@ def _flag(option: inspect.Parameter) -> dict[str, Any]:
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": f"({default})"}
     kind = type(default) if default is not None else str
+    if default is inspect.Parameter.empty:
+        kind = str
     return {"type": kind, "default": None, "help": f"({default})", "metavar": kind.__name__}

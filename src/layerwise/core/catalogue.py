@@ -31,6 +31,7 @@ VERBS = (
     "narrow",
     "compensate",
     "sparsify",
+    "merge",
     "federate",
 )
 
@@ -95,6 +96,17 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "hessian": "gradients",
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
+        "shares": "models",  # (models,), how much each model counts
+        "cuts": "models",  # (models,), the magnitude from which differences from the base are kept
+        "products": "models",  # (models, models), inner products of whole tensors
+        "entries": "models",  # (...), where in its whole tensor each entry lies
+        "seeds": "models",  # (models,), a number for each model and tensor, of its content
+        "networks": "models",  # one mapping of names to tensors for each model
+        "origin": "models",  # the common ancestor's tensors by name
+        "symmetries": "models",  # what can be permuted in a model without changing its function
+        "grams": "calibration",  # (models, in, in), what each model's layer reads; None if unknown
+        "fishers": "calibration",  # (models, ...), mean squared gradients of each model's loss
+        "loss": "calibration",  # what a model with such tensors loses on a text, a function
         "server": "clients",  # (...), the global model's tensor before the round
         "clients": "clients",  # (clients, ...), the same tensor as each client returned it
         "counts": "clients",  # (clients,), samples that each client learned from
@@ -120,14 +132,16 @@ _CHEAPEST_FIRST: tuple[Need, ...] = (
 # something that feeds the layer can take its scales.
 _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
 # Verbs whose work no plan says.
-_UNPLANNED = frozenset({"federate"})
+_UNPLANNED = frozenset({"federate", "merge"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
+#   entry        an entry's result depends on that entry of each tensor alone: a tensor may be cut
+#                anywhere without changing a bit of the result
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
 #                layers that read the same input stacked, without changing a bit of the result
 #   layer        a row's result depends on its whole layer (the default)
 #   input        layers that read the same input must be given together, stacked by rows
-Rows = Literal["independent", "layer", "input"]
+Rows = Literal["entry", "independent", "layer", "input"]
 
 # What a method is given at once: one layer's tensor, what belongs to a block, or the parameters of
 # a whole model, flat and one after the other.
@@ -247,6 +261,13 @@ class Method:
         """The options that neither a layer's plan nor a budget sets."""
         planned = frozenset[str]() if self.verb in _UNPLANNED else _PLANNED
         return {name: option for name, option in self.options.items() if name not in planned}
+
+    @property
+    def merges(self) -> int | None:
+        """How many models it merges, as the shape of `models` says; None for any number."""
+        shape = inspect.signature(self.run).parameters.get("models")
+        first = getattr(getattr(shape, "annotation", None), "dim_str", "").split(" ")[0]
+        return int(first) if first.isdigit() else None
 
     @property
     def must_fold(self) -> bool:

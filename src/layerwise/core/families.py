@@ -57,6 +57,8 @@ class Stream:
         queries: The layer that makes queries, and the one that makes keys; empty likewise.
         query_norms: Norms of each head's queries and keys, which only some of the models have.
         beside: Other tensors that a block may hold.
+        gated: The layers of a gated MLP: those that make its insides, and last what reads these;
+            empty where it has another form.
         embedding: What begins the stream.
         norm: The norm that ends it.
         head: What reads that; its tensor is the embedding's where there is none of its own.
@@ -68,6 +70,7 @@ class Stream:
     queries: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     query_norms: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
     beside: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    gated: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"

@@ -1,6 +1,8 @@
 """The verbs.  Each one fixes what its methods return and which options they all take."""
 
-from jaxtyping import Bool, Int
+from collections.abc import Mapping
+
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
@@ -33,3 +35,8 @@ federator: Verb[Aggregated] = Verb("federate")
 # `density` is the fraction kept of the units in which the channels lie that a layer reads: `units`
 # equal runs, one after the other.  The weight is that of this layer.
 narrower: Verb[Narrowed] = Verb("narrow", requires=frozenset({"density", "units"}))
+
+
+# One tensor made of the same tensor of several models, in float32; of a method that ties layers
+# together, and reads `states`, all tensors by name.
+merger: Verb[Float[Tensor, "..."] | Mapping[str, Tensor]] = Verb("merge")

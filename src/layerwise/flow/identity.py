@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from layerwise import __version__
+from layerwise.core.blend import Blend
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Checkpoint, ModuleSource
 from layerwise.core.packing import raw_bytes
+from layerwise.core.parents import Parents
 from layerwise.core.plan import Plan
 from layerwise.core.rewriting import original, told_of
 from layerwise.flow.preparing import Prepared
@@ -27,6 +29,25 @@ def run_identity(prepared: Prepared, plan: Plan) -> str:
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
     return _digest(prepared, [plan.format, plan.inputs, work, options, list(plan.tune)])
+
+
+def merge_identity(found: Parents, blend: Blend, asked: Any) -> str:
+    """Says what a merge is; the order in which its models were given is no part of it."""
+    everyone = [*found.models, *([found.base] if found.base else [])]
+    settings = {
+        name: [found.ordered(list(one.shares)) if one.shares else [], dict(one.options)]
+        for name, one in blend.settings.items()
+    }
+    said = [__version__, blend.method, settings, asked, found.base is None]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for one in everyone:
+        digest.update(json.dumps(dict(one.config), sort_keys=True, default=str).encode())
+        for info in one.tensors.values():
+            digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+        for file in sorted(set(one.files.values())) if isinstance(one, Checkpoint) else ():
+            digest.update(_stamp(file).encode())
+    digest.update(" ".join(found.digests).encode())
+    return digest.hexdigest()
 
 
 def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> str:

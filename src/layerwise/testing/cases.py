@@ -1,5 +1,6 @@
 """The tensors that methods are tried on: ordinary ones, and ones that break careless code."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from layerwise.core.catalogue import Method
+from layerwise.core.symmetry import Symmetry
 
 _STEPS = 12
+MODELS = 3
+_MERGED = frozenset(
+    {"shares", "cuts", "products", "entries", "seeds", "grams", "fishers"}
+    | {"networks", "origin", "symmetries", "loss"}
+)
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
 _WINDOWS, _VOCABULARY, _LATER = 4, 12, 3
 _EXAMPLES, _CLASSES = 60, 3
@@ -39,18 +46,30 @@ def weights() -> dict[str, Float[Tensor, "_ _"]]:
 
 
 def evidence(
-    words: tuple[str, ...], weight: Float[Tensor, "out in"], *, seen: bool = True
+    words: tuple[str, ...],
+    weight: Float[Tensor, "out in"],
+    *,
+    seen: bool = True,
+    models: int = MODELS,
 ) -> Mapping[str, Any]:
-    """Everything a method asked for, made to fit one layer; of no token at all unless `seen`."""
+    """Everything a method asked for, made to fit one layer.
+
+    Args:
+        words: The evidence.
+        weight: The layer.
+        seen: Whether the calibration text had a token that reached it.
+        models: How many models there are, of those that are merged.
+    """
     noise = torch.Generator().manual_seed(1)
     inputs = _inputs(weight.shape[1], noise) * seen
     weights = _items(weight)
     norm = inputs.square().mean(dim=0).sqrt()  # (in,)
     costs = _costs(weights)
     stream = inputs.roll(1, 0) + inputs
-    models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
     length = TOKENS // _WINDOWS
     labels = torch.arange(_EXAMPLES) % _CLASSES
+    tuned = [weight.float() + _like(weight.float(), noise) / 10 for _ in range(MODELS)][:models]
+    together = torch.stack(tuned)  # (models, ...)
     made: dict[str, Any] = {
         "weight": weight,
         "weights": weights,
@@ -83,7 +102,7 @@ def evidence(
         "errors": _errors(costs),
         "grad": _like(weight, noise) * seen / 100,
         "slopes": torch.randn(32, generator=noise) * seen / 100,
-        "base": weight,
+        "base": weight.float(),
         "disturbed": stream + inputs.flip(1) / 20,
         "base_outputs": stream + inputs.flip(1),
         "ends": torch.tensor([1.0, 1.5]),
@@ -91,17 +110,62 @@ def evidence(
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
         # Of the mean squared output, whose Hessian is 2 gram for every row.
         "hessian": lambda direction: 2 * direction @ inputs.T @ inputs / len(inputs),
-        "models": models,
+        "models": together,
         "columns": weight.float().norm(dim=0),  # (in,)
         "activations": inputs,
         **_attention(weight, noise, seen),
         "server": weight,
-        "clients": models,
+        "clients": together,
         "counts": torch.tensor([30, 10, 60]),
         "state": {},
-        "proxy": lambda tried: (tried.float() - models[0].float()).square().mean(),
+        "proxy": lambda tried: (tried.float() - together[0]).square().mean(),
     }
+    if _MERGED & set(words):
+        made |= _merged(weight.float(), tuned, inputs * seen)
     return {word: made[word] for word in words}
+
+
+def models_of(method: Method) -> int:
+    """How many models a method is tried on."""
+    return method.merges or MODELS
+
+
+def _merged(
+    base: Float[Tensor, "out in"], tuned: list[Float[Tensor, "out in"]], inputs: Tensor
+) -> dict[str, Any]:
+    """Evidence about several models and their base."""
+    differences = torch.stack(tuned) - base
+    flat = torch.stack(tuned).double().flatten(1)
+    sizes = differences.abs().flatten(1)
+    kept = max(1, round(0.5 * base.numel()))
+    # What each model saw was of another size, and in another order of inputs.
+    grams = [
+        (size * inputs.roll(shift, 1)).T @ (size * inputs.roll(shift, 1)) / len(inputs)
+        for shift, size in ((0, 1.0), (1, 0.5), (2, 2.0))
+    ]
+    return {
+        "shares": torch.tensor([1.0, 0.5, 2.0])[: len(tuned)],
+        "cuts": sizes.sort(dim=1, descending=True).values[:, kept - 1],
+        "products": flat @ flat.T,
+        "entries": torch.arange(base.numel()).reshape(base.shape),
+        "seeds": [101, 202, 303][: len(tuned)],
+        "grams": torch.stack(grams[: len(tuned)]),
+        "fishers": differences.square() * float(inputs.abs().sum() > 0),
+        "networks": [_network(one) for one in tuned],
+        "origin": _network(base),
+        "symmetries": (Symmetry("hidden", {"0.weight": 0, "0.bias": 0, "1.weight": 1}),),
+        "loss": functools.partial(_far, _network(base)),
+    }
+
+
+def _network(weight: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """Two layers, one after the other."""
+    return {"0.weight": weight, "0.bias": weight[:, 0] / 4, "1.weight": weight.T / 2}
+
+
+def _far(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
+    """How far a network is from another one."""
+    return sum(float((state[name] - one).double().square().sum()) for name, one in wanted.items())
 
 
 def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
@@ -118,6 +182,7 @@ def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
         "units": weight.shape[1],
         "rank": min(4, *weight.shape),
         "budget": (least + most) // 2,
+        "generations": 1,
     }
     return method.accepts(ordinary) | steps(method)
 
