@@ -18,9 +18,12 @@ TAXONOMY = Path(__file__).parent / "coverage.yaml"
 _HAS, _PART, _LACKS = "yes", "in part", "no"
 _READS = {
     "nothing": "weights",
+    "running": "what a model sees as it runs",
     "calibration": "a text",
+    "labels": "labelled texts",
     "gradients": "a text, and gradients",
     "models": "several models",
+    "clients": "what clients return",
 }
 INTRODUCTION = """# Coverage
 
@@ -84,4 +87,4 @@ def _flags() -> frozenset[str]:
 def _asks(method: Method) -> str:
     beaten = ", ".join(sorted({claim.beats for claim in method.claims}))
     learns = "codes" if method.learns is not None else ""
-    return f"| {method.id} | {_READS[method.needs]} | {learns} | {beaten or 'a baseline'} |"
+    return f"| {method.id} | {_READS[method.needs]} | {learns} | {beaten or '-'} |"
