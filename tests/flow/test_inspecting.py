@@ -131,7 +131,9 @@ def test_agreement_is_symmetric():
 
 def inspected(kl, scores):
     columns = {**scores, TRUTH: kl}
-    return Inspection("m", scores, {}, Truth(kl, "small", "a text", 4), agreement(columns))
+    return Inspection(
+        "m", scores, truth=Truth(kl, "small", "a text", 4), agreement=agreement(columns)
+    )
 
 
 def test_answers_name_what_matters_and_what_can_go():
@@ -152,7 +154,9 @@ def test_answers_do_not_let_go_of_what_is_dear():
 
 def test_answers_without_a_truth_go_by_ranks():
     scores = {"x": {"a": 3.0, "b": 2.0, "c": 1.0}, "y": {"a": 2.0, "b": 3.0, "c": 1.0}}
-    told = answers(Inspection("m", scores, {"lim": "no text"}, None, agreement(scores)))
+    told = answers(
+        Inspection("m", scores, left_out={"lim": "no text"}, agreement=agreement(scores))
+    )
     assert told[0].startswith("matters most by the mean of their ranks under 2 measures: ")
     assert told[1].startswith("matters least: c, ")
     assert told[-1] == "left out: lim: no text"

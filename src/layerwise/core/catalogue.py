@@ -92,6 +92,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "states": "labels",  # (examples, width), what a block answers at a text's last token
         "labels": "labels",  # (examples,), the class of each text, from 0
         "grad": "gradients",  # (out, in), mean gradient of the loss
+        # (answers, features), gradients of some of a model's answers by the weight; of the other's.
+        "tangents": "gradients",
+        "base_tangents": "gradients",
         # A function of a direction, (out, in): the Hessian of the mean loss by the weight times it.
         "hessian": "gradients",
         "base": "models",  # (...), the common ancestor's tensor
@@ -115,7 +118,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
     }
 )
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
-PAIRED = frozenset({"base", "base_outputs", "ends", "path", "growing_path"})
+PAIRED = frozenset({"base", "base_outputs", "base_tangents", "ends", "path", "growing_path"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = (

@@ -52,7 +52,7 @@ def output_fisher(
         shelf: Where what each block sees is kept until the gradient comes back to it.
     """
     progress.stage("gradients", len(runner.blocks))
-    seen = _seen(runner, ids, shelf)
+    seen = seen_by_blocks(runner, ids, shelf)
     generator = torch.Generator().manual_seed(0)
     predicted = 0
 
@@ -119,7 +119,7 @@ class WeightGradients:
 
     def _go_back(self) -> None:
         runner, count = self.runner, len(self.ids)
-        seen = _seen(runner, self.ids, self.shelf)
+        seen = seen_by_blocks(runner, self.ids, self.shelf)
         gradient = runner.gradient(seen.pop(), self.ids, self._loss)
         for block in reversed(runner.blocks):
             before = seen.pop()
@@ -184,7 +184,7 @@ def loss_gradient(runner: Runner, start: Tensor, ids: Tensor) -> Tensor:
     return gradient
 
 
-def _seen(runner: Runner, ids: Tensor, shelf: Shelf) -> list[Activations]:
+def seen_by_blocks(runner: Runner, ids: Tensor, shelf: Shelf) -> list[Activations]:
     """What each block sees, and what the last one answers."""
     seen = [shelf.keep("seen-0", runner.starting(ids), len(ids))]
     for number, block in enumerate(runner.blocks, 1):

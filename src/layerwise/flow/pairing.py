@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from layerwise.core.apply import check_finite
 from layerwise.core.carried import Activations, Shelf
-from layerwise.core.catalogue import Method
+from layerwise.core.catalogue import PAIRED, Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.curvature import Curvature
 from layerwise.core.errors import UserError
@@ -18,6 +18,7 @@ from layerwise.core.fisher import answered, foretells, loss_gradient
 from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.structure import Layer, Structure
+from layerwise.core.tangents import tangents
 from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.survey import Told
@@ -29,6 +30,8 @@ PATH_TOKENS = 2048
 POINTS = (0.0, 0.5, 1.0)
 # Size of the noise on embeddings, as a share of theirs.
 DISTURBANCE = 0.05
+# Windows that tangent kernels are of: each answers in a few directions, and all pairs are held.
+TANGENT_WINDOWS = 16
 # Tokens (or pictures) that the Hessian is found on.
 CURVATURE_TOKENS = 512
 
@@ -84,11 +87,16 @@ def evidence_for(
     if "hessian" in words:
         layers = prepared.found.layers
         told["hessian"] = Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS))
-    if base is not None and words & {"base_outputs", "ends", "path", "growing_path"}:
+    few = text.ids[:TANGENT_WINDOWS]
+    if "tangents" in words:
+        told["tangents"] = tangents(runner, prepared.found.layers, few, shelf)
+    if base is not None and words & PAIRED - {"base"}:
         other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
         if "base_outputs" in words:
             start = shelf.keep("base", other.starting(text.ids), len(text.ids))
             told["base_outputs"] = _Stream(other, start, "base", shelf)
+        if "base_tangents" in words:
+            told["base_tangents"] = tangents(other, prepared.found.layers, few, shelf)
         if words & {"ends", "path", "growing_path"}:
             between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
             told |= between.evidence(words, progress)

@@ -35,7 +35,7 @@ def inspection_svg(inspection: Inspection) -> str:
         width, height = max(width, across), height + _APART + down
     truth = "" if inspection.truth is None else f"; {TRUTH}: {inspection.truth.done}"
     told = (
-        f"Rank of {plural(len(next(iter(columns.values()))), 'layer')} under "
+        f"Rank of {plural(max(map(len, columns.values())), 'layer')} under "
         f"{', '.join(columns)}, dark for the most important, and the rank correlation of each "
         f"two{truth}"
     )
@@ -44,7 +44,7 @@ def inspection_svg(inspection: Inspection) -> str:
 
 def _layers(columns: Mapping[str, Mapping[str, float]]) -> tuple[list[Markup], Number, Number]:
     """A row for each layer, a column for each figure, as dark as the layer ranks high."""
-    names = list(next(iter(columns.values())))
+    names = list(max(columns.values(), key=len))
     left, top = _room(short(names), list(columns))
     drawn = [label(left, 14, "rank of each layer, dark: most important", class_="fill-ink")]
     drawn += _heads(list(columns), left, top)

@@ -80,12 +80,16 @@ def agreement_table(inspection: Inspection) -> Group:
     told = [Text(line) for line in answers(inspection)]
     if len(inspection.columns) < 2:
         return Group(*told)
-    table = _table(("rank correlation", "left"))
-    for name in inspection.agreement:
-        table.add_column(name, justify="right")
-    for name, row in inspection.agreement.items():
-        table.add_row(name, *(_dash(None) if v is None else f"{v:.2f}" for v in row.values()))
-    return Group(table, *told)
+    names = list(inspection.agreement)
+    tables: list[Table] = []
+    for start in range(0, len(names), _COLUMNS):
+        part = names[start : start + _COLUMNS]
+        table = _table(("rank correlation", "left"), *((name, "right") for name in part))
+        for name, row in inspection.agreement.items():
+            values = [row[other] for other in part]
+            table.add_row(name, *(_dash(None) if v is None else f"{v:.2f}" for v in values))
+        tables.append(table)
+    return Group(*tables, *told)
 
 
 def structure_json(source: Source, found: Structure, inspection: Inspection) -> dict[str, Any]:

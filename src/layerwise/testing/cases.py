@@ -105,6 +105,8 @@ def evidence(
         "base": weight.float(),
         "disturbed": stream + inputs.flip(1) / 20,
         "base_outputs": stream + inputs.flip(1),
+        "tangents": inputs[:16],
+        "base_tangents": inputs[:16].flip(1),
         "ends": torch.tensor([1.0, 1.5]),
         "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),

@@ -72,7 +72,7 @@ def a_worse_approximation_scores_higher(method: Method) -> None:
 
 def nothing_scores_less_than_what_did_not_move(method: Method) -> None:
     """Where a layer or a block is held against that of another model, the same one is lowest."""
-    pairs = {"base": "weight", "base_outputs": "outputs"}
+    pairs = {"base": "weight", "base_outputs": "outputs", "base_tangents": "tangents"}
     for other, own in pairs.items():
         if not {other, own} <= set(method.evidence):
             continue
