@@ -3,7 +3,7 @@
 A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
 compressed model over the original on held-out text: lower is better, 0 is lossless.  For the verb
 `sparsify` nothing is compressed: the model leaves work out while it runs.  On the `digits-mlp` the
-loss is the share of test images that are misclassified.
+loss is the share of test images that are misclassified; on the `mnist-vit` how much that grows.
 """
 
 import json
@@ -25,10 +25,13 @@ from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
 from layerwise.testing.digits import digits_loss
 from layerwise.testing.outliers import with_outliers
+from layerwise.testing.pictures import FILE as PICTURES_FILE
+from layerwise.testing.pictures import pictures_loss
 
 ASSETS = "LAYERWISE_ASSETS"
 DIGITS = "digits-mlp"
 SPARSIFY = "sparsify"
+PICTURES = "mnist-vit"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
@@ -132,6 +135,8 @@ class _Run:
         """What it loses; lower is better."""
         if self.model == DIGITS:
             return digits_loss(self.method, json.loads(self.options)["density"])
+        if self.model == PICTURES:
+            return pictures_loss(self.method, **json.loads(self.options))
         if self.verb == SPARSIFY:
             return running_loss(self.model, self.method, self.options)
         return excess_loss(self.model, self.verb, self.method, self.options)
@@ -226,6 +231,8 @@ def running_loss(model: str, name: str, options: str) -> float:
 def _is_here(model: str) -> bool:
     if model == DIGITS:
         return True
+    if model == PICTURES:
+        return bool(os.environ.get(ASSETS)) and _asset(PICTURES_FILE).exists()
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
 
