@@ -3,7 +3,8 @@
 A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
 compressed model over the original on held-out text: lower is better, 0 is lossless.  For the verb
 `sparsify` nothing is compressed: the model leaves work out while it runs.  On the `digits-mlp` and
-of `digits-clients` the loss is the share of test images that are misclassified.
+of `digits-clients` the loss is the share of test images that are misclassified; on the `mnist-vit`
+how much that grows.
 """
 
 import json
@@ -26,10 +27,13 @@ from layerwise.core.progress import Progress
 from layerwise.testing.clients import clients_loss
 from layerwise.testing.digits import digits_loss
 from layerwise.testing.outliers import with_outliers
+from layerwise.testing.pictures import FILE as PICTURES_FILE
+from layerwise.testing.pictures import pictures_loss
 
 ASSETS = "LAYERWISE_ASSETS"
 DIGITS, CLIENTS = "digits-mlp", "digits-clients"
 SPARSIFY = "sparsify"
+PICTURES = "mnist-vit"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
@@ -136,6 +140,8 @@ class _Run:
             return digits_loss(self.method, json.loads(self.options)["density"])
         if self.model == CLIENTS:
             return clients_loss(self.method, json.loads(self.options))
+        if self.model == PICTURES:
+            return pictures_loss(self.method, **json.loads(self.options))
         if self.verb == SPARSIFY:
             return running_loss(self.model, self.method, self.options)
         return excess_loss(self.model, self.verb, self.method, self.options)
@@ -230,6 +236,8 @@ def running_loss(model: str, name: str, options: str) -> float:
 def _is_here(model: str) -> bool:
     if model in (DIGITS, CLIENTS):
         return True
+    if model == PICTURES:
+        return bool(os.environ.get(ASSETS)) and _asset(PICTURES_FILE).exists()
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
 

@@ -28,8 +28,8 @@ _SETTINGS = {
     "attention_probs_dropout_prob": 0.0,
     "num_labels": 10,
 }
-_STEPS, _BATCH, _RATE, _WARM = 900, 64, 2e-3, 60
-_TESTED = 4000
+_STEPS, _BATCH, _RATE, _WARM = 600, 64, 2e-3, 60
+_TESTED = 2000
 
 
 def pictures_loss(method: str, density: float, **skipping: Any) -> float:
