@@ -317,6 +317,12 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
+    how.add_argument(
+        "--recover",
+        default="none",
+        metavar="NAME",
+        help="learn pruned layers anew, block by block, on the calibration text: masklora (none)",
+    )
     for title, flags in _method_flags(arguments):
         section = parser.add_argument_group(title)
         for flag, options in flags:
@@ -483,6 +489,7 @@ _NAMING = {
     "--pruner": "prune",
     "--compensator": "compensate",
     "--narrow": "narrow",
+    "--recover": "recover",
     "--drop-by": "measure",
     "--allocate": "allocate",
     "--by": "measure",
@@ -493,7 +500,7 @@ WISHES = (
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
     "--rotate", "--rotate-seed", "--scale-keys", "--tune", "--pattern", "--narrow", "--keep",
-    "--widths", "--drop-blocks", "--drop-by",
+    "--widths", "--drop-blocks", "--drop-by", "--recover",
 )  # fmt: skip
 
 
@@ -504,7 +511,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in _NAMING:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found.append(f"{_NAMING[flag]}/{value}")
+            found += [f"{_NAMING[flag]}/{value}"] if value != "none" else []
     return found
 
 

@@ -23,7 +23,7 @@ from layerwise.core.results import Coded, Quantized
 
 Need = Literal["nothing", "calibration", "gradients", "models"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "narrow", "compensate")
+VERBS = ("measure", "allocate", "quantize", "prune", "narrow", "recover", "compensate")
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -33,6 +33,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "shapes": "nothing",  # one tuple per item, the sides of its weight
         "filters": "nothing",  # (in, fan), what makes each channel that the layer reads
         "shifts": "nothing",  # (in,), what is added to each of those channels
+        "kept": "nothing",  # (out, in), True where a weight was not pruned
         "approximation": "nothing",  # (out, in), what a transform made of the weight
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept

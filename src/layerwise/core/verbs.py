@@ -4,6 +4,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
+from layerwise.core.learning import Learnable
 from layerwise.core.results import Coded, LowRank, Narrowed, Pruned
 
 # How important or how damaged a layer (or a block) is: one number, higher is more.
@@ -25,3 +26,7 @@ compensator: Verb[LowRank] = Verb("compensate", requires=frozenset({"rank"}))
 # `density` is the fraction kept of the units in which the channels lie that a layer reads: `units`
 # equal runs, one after the other.  The weight is that of this layer.
 narrower: Verb[Narrowed] = Verb("narrow", requires=frozenset({"density", "units"}))
+
+# What a pruned weight is while it is learned anew.  It begins as the weight where that is kept, and
+# stays 0.0 elsewhere; `steps` and `rate` are also those of what is learned beside it.
+recoverer: Verb[Learnable] = Verb("recover", requires=frozenset({"steps", "rate"}))

@@ -26,7 +26,9 @@ def run_identity(prepared: Prepared, plan: Plan) -> str:
     """Says what a compression is; a stopped one is only taken up by the same."""
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    return _digest(prepared, [plan.format, plan.inputs, work, options, list(plan.tune)])
+    return _digest(
+        prepared, [plan.format, plan.inputs, work, options, list(plan.tune), plan.recover]
+    )
 
 
 def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> str:
