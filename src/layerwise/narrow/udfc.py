@@ -33,9 +33,9 @@ def udfc(
 ) -> Narrowed:
     """Take out the channels with the smallest filters, and put sums of the others in their place.
 
-    A channel is f_j * x + b_j before its ReLU, the batch norm after it counted in.  One that goes is
-    a sum of those that stay, with the coefficients that are least in error of its filter and its
-    shift; what read it reads the sum:
+    A channel is f_j * x + b_j before its ReLU, the batch norm after it counted in.  One that goes
+    is a sum of those that stay, with the coefficients that are least in error of its filter and
+    its shift; what read it reads the sum:
 
         s_j = argmin ||f_j - sum_i s_i f_i||^2 + a1 (b_j - sum_i s_i b_i)^2 + a2 ||s||^2
             = (F F^T + a1 b b^T + a2 I)^-1 (F f_j + a1 b_j b)        over the i that stay
