@@ -453,6 +453,7 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "max_kl": chosen.max_kl,
         "method": chosen.method,
         **_shared(chosen),
+        "recover": chosen.recover,
         "tune": tuple(part for part in chosen.tune.split(",") if part),
         "options": _own_options(chosen, given),
     }

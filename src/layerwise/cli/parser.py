@@ -525,6 +525,12 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
+    how.add_argument(
+        "--recover",
+        default="none",
+        metavar="NAME",
+        help="learn pruned layers anew, block by block, on the calibration text: masklora (none)",
+    )
     if verb_of_method(arguments) == "quantize":
         _own_flags(parser, arguments)
 
@@ -697,6 +703,7 @@ _NAMING = {
     "--pruner": "prune",
     "--compensator": "compensate",
     "--narrow": "narrow",
+    "--recover": "recover",
     "--drop-by": "measure",
     "--allocate": "allocate",
     "--by": "measure",
@@ -711,7 +718,7 @@ WISHES = (
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
     "--rotate", "--rotate-seed", "--scale-keys", "--tune", "--pattern", "--narrow", "--keep",
-    "--widths", "--drop-blocks", "--drop-by",
+    "--widths", "--drop-blocks", "--drop-by", "--recover",
 )  # fmt: skip
 
 
@@ -723,7 +730,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag in naming:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            names = [name for name in value.split(",") if name not in ("", "all")]
+            names = [name for name in value.split(",") if name not in ("", "all", "none")]
             found += [f"{naming[flag]}/{name}" for name in names]
     return found
 

@@ -29,6 +29,7 @@ VERBS = (
     "quantize",
     "prune",
     "narrow",
+    "recover",
     "compensate",
     "sparsify",
     "merge",
@@ -43,6 +44,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "shapes": "nothing",  # one tuple per item, the sides of its weight
         "filters": "nothing",  # (in, fan), what makes each channel that the layer reads
         "shifts": "nothing",  # (in,), what is added to each of those channels
+        "kept": "nothing",  # (out, in), True where a weight was not pruned
         "approximation": "nothing",  # (out, in), what a transform made of the weight
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept

@@ -340,7 +340,7 @@ class _Narrowing:
                     self._take(name, "columns" if turned else "rows", rows)
         reader = joint.reader
         if cut.weight is not None:
-            whole = reader.store(joint.whole(cut.weight), self.source.tensors[reader.tensor].shape)
+            whole = reader.store(cut.weight, self.source.tensors[reader.tensor].shape)
             self.changes[reader.tensor] = Change(fill=whole)
         columns = _entries(cut.kept, joint.channels)
         self._take(reader.tensor, "rows" if reader.layout == "conv1d" else "columns", columns)

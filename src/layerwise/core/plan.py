@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 
 from layerwise.core import catalogue
@@ -83,6 +84,11 @@ class LayerPlan:
         return learned and self.quantizer.learns is not None and self.quantizer.unit == "block"
 
     @property
+    def recoverable(self) -> bool:
+        """Whether there are weights that can be learned anew: some are gone, and none is a code."""
+        return self.density < 1 and self.bits is None and not self.rank
+
+    @property
     def rounding(self) -> Scheme | Literal[""]:
         """How the layer's input is rounded: as the plan says, or as its quantizer does."""
         return "" if self.bits is None else self.activation or self.quantizer.activates
@@ -126,6 +132,8 @@ class Plan:
         server: What is to load the output, whose rules the plan must keep; "" for any.
         rewriting: What the model becomes before all else: other bases, fewer units or blocks.
         tune: What is tuned once layers are transformed: statistics of batch norms, biases.
+        recover: The method by which pruned layers are learned anew, block by block; "none" leaves
+            them as their pruner made them.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -136,11 +144,13 @@ class Plan:
     server: str = ""
     rewriting: Rewriting = field(default_factory=Rewriting)
     tune: Sequence[Tune] = ()
+    recover: str = "none"
 
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return [*needing(layer.activation for layer in self.layers.values()), *tuning(self.tune)]
+        rounding = needing(layer.activation for layer in self.layers.values())
+        return [*rounding, *tuning(self.tune), *recovering(self.recover)]
 
     def words(self) -> frozenset[str]:
         """The evidence that calibration must gather for it."""
@@ -149,7 +159,7 @@ class Plan:
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
-        ids.update(removers(self.rewriting))
+        ids.update(removers(self.rewriting), recovering(self.recover))
         return [catalogue.get(id) for id in sorted(ids)]
 
 
@@ -162,6 +172,11 @@ def removers(rewriting: Rewriting) -> list[str]:
 def tuning(asked: Sequence[Tune]) -> list[str]:
     """What is asked for, in words, that reads a calibration text."""
     return [f"tuning ({', '.join(asked)})"] if asked else []
+
+
+def recovering(asked: str) -> list[str]:
+    """The method, by id, by which pruned layers are learned anew, if there is one."""
+    return [] if asked == "none" else [f"recover/{asked}"]
 
 
 def sampling(
@@ -203,18 +218,11 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     if plan.budget:
         head["budget"] = plan.budget
     head["inputs"] = plan.inputs
-    if plan.rewriting.drop_blocks:
-        first = plan.rewriting
-        head |= {"drop_blocks": first.drop_blocks, "drop_by": first.drop_by}
-    if plan.rewriting.narrow:
-        first = plan.rewriting
-        head |= {"narrow": first.narrow, "keep": first.keep, "widths": first.widths}
-    if plan.rewriting.rotate != "none":
-        head |= {"rotate": plan.rewriting.rotate, "rotate_seed": plan.rewriting.seed}
-    if plan.rewriting.scale_keys:
-        head["scale_keys"] = True
+    head |= _rewriting_entries(plan.rewriting)
     if plan.tune:
         head["tune"] = list(plan.tune)
+    if plan.recover != "none":
+        head["recover"] = plan.recover
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -230,6 +238,20 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     lines.append("leave:  # for the reader; these are never touched")
     lines += [f"  {_scalar(name)}: {_scalar(reason)}" for name, reason in found.left.items()]
     return "\n".join(lines) + "\n"
+
+
+def _rewriting_entries(first: Rewriting) -> dict[str, str | float]:
+    """What a file says of what the model becomes before all else."""
+    made: dict[str, str | float] = {}
+    if first.drop_blocks:
+        made |= {"drop_blocks": first.drop_blocks, "drop_by": first.drop_by}
+    if first.narrow:
+        made |= {"narrow": first.narrow, "keep": first.keep, "widths": first.widths}
+    if first.rotate != "none":
+        made |= {"rotate": first.rotate, "rotate_seed": first.seed}
+    if first.scale_keys:
+        made["scale_keys"] = True
+    return made
 
 
 def read_rewriting(file: Path) -> tuple[Rewriting, Mapping[str, Mapping[str, Any]]]:
@@ -260,9 +282,11 @@ def read_plan(file: Path, found: Structure) -> Plan:
         raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
     budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
     tune = content.get("tune") or ()
-    check_types(str(file), {"tune": tune}, {"tune": Sequence[Tune]})
+    recover = content.get("recover", "none")
+    told = {"tune": tune, "recover": recover}
+    check_types(str(file), told, {"tune": Sequence[Tune], "recover": str})
     first = _rewriting(content, file)
-    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune))
+    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune), recover)
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -271,7 +295,7 @@ def _content(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
         raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
     known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
-    known |= _REWRITING.keys() | {"tune"}
+    known |= _REWRITING.keys() | {"tune", "recover"}
     if unknown := content.keys() - known:
         raise UserError(
             f"{file} has the unknown entries {sorted(map(str, unknown))}.",
@@ -356,6 +380,16 @@ def check_plan(plan: Plan, found: Structure) -> None:
             _check_rows(id, found.layers[name], plan, found)
     for item in found.items():
         _check_fused(item, plan)
+    for id in recovering(plan.recover):
+        # The smallest weight shows whether its options are possible.
+        one = {"weight": torch.zeros(1, 1), "kept": torch.ones(1, 1, dtype=torch.bool)}
+        catalogue.get(id).run(**one, **plan.options.get(id, {}))
+    if recovering(plan.recover) and not any(one.recoverable for one in plan.layers.values()):
+        raise UserError(
+            f"recover/{plan.recover} learns pruned weights anew, and no layer is pruned that is "
+            "not quantized, too.",
+            "Give --density 0.5 without --bits, or leave --recover out.",
+        )
     if not (plan.rewriting.removes or any(layer.steps for layer in plan.layers.values())):
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 

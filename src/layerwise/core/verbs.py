@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.core.catalogue import Verb
+from layerwise.core.learning import Learnable
 from layerwise.core.results import Aggregated, Coded, LowRank, Narrowed, Pruned, Score
 
 # How important or how damaged a layer (or a block) is: one number, higher is more; or a record of
@@ -36,7 +37,10 @@ federator: Verb[Aggregated] = Verb("federate")
 # equal runs, one after the other.  The weight is that of this layer.
 narrower: Verb[Narrowed] = Verb("narrow", requires=frozenset({"density", "units"}))
 
-
 # One tensor made of the same tensor of several models, in float32; of a method that ties layers
-# together, and reads `states`, all tensors by name.
+# together, and reads `networks`, all tensors by name.
 merger: Verb[Float[Tensor, "..."] | Mapping[str, Tensor]] = Verb("merge")
+
+# What a pruned weight is while it is learned anew.  It begins as the weight where that is kept, and
+# stays 0.0 elsewhere; `steps` and `rate` are also those of what is learned beside it.
+recoverer: Verb[Learnable] = Verb("recover", requires=frozenset({"steps", "rate"}))

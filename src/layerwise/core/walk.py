@@ -33,6 +33,7 @@ from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
+from layerwise.core.recovery import recovered, recovers
 from layerwise.core.runner import Runner
 from layerwise.core.slopes import WeightSlopes
 from layerwise.core.staging import Staging
@@ -284,7 +285,12 @@ class _Block:
         means: Mapping[str, Tensor] = {}
         if carried is not None and "bias" in self.plan.tune and not self.runner.whole:
             means = input_means(self.runner, self.block, self.layers, carried)
-        rows, rest = self._transform(seen, original, candidates, changed, answers, means)
+        waiting: list[Transformed] = []
+        rows, rest = self._transform(seen, original, candidates, changed, answers, means, waiting)
+        if waiting and (shown := hidden()) is not None:
+            waiting, vectors = self._recover(waiting, shown, {**changed, **rest})
+            rest |= vectors
+        rows += [self._finish_layer(result, changed, answers) for result in waiting]
         source = self.runner.source
         outside = _restored_rest(source, self.format, [n for n in names if n not in changed])
         if carried is not None:
@@ -322,12 +328,14 @@ class _Block:
         changed: dict[str, Tensor],
         answers: dict[str, Answer],
         means: Mapping[str, Tensor],
+        waiting: list[Transformed],
     ) -> tuple[list[LayerRow], dict[str, Tensor]]:
         """Transform every layer and write it, and give what other tensors are to become.
 
-        What a loader of the output will make of the layers is put into `changed`; what layers
-        answer whose inputs are rounded, into `answers`.  `means` are of inputs whose layers are to
-        keep the mean of their answer.
+        Layers that are to be learned anew are put into `waiting` instead.  What a loader of the
+        output will make of the layers is put into `changed`; what layers answer whose inputs are
+        rounded, into `answers`.  `means` are of inputs whose layers are to keep the mean of their
+        answer.
         """
         source = self.runner.source
         rows: list[LayerRow] = []
@@ -343,7 +351,13 @@ class _Block:
             for result in done:
                 folded |= self._corrected(result, folded, means)
             while done:
-                rows.append(self._finish_layer(done.pop(0), changed, answers))
+                result = done.pop(0)
+                if recovers(self.plan, result):
+                    info = source.tensors[result.layer.tensor]
+                    changed[info.name] = result.layer.store(result.weight, info.shape)
+                    waiting.append(result)
+                else:
+                    rows.append(self._finish_layer(result, changed, answers))
             if scale is not None:
                 feeder = group[0].feeder
                 names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
@@ -392,6 +406,24 @@ class _Block:
             biases, kl = learned_biases(self.runner, hidden[:], targets, changed)
             rest |= biases
             self.tuned = replace(self.tuned, biases=len(biases), kl=kl)
+
+    def _recover(
+        self, waiting: Sequence[Transformed], hidden: Activations, changed: Mapping[str, Tensor]
+    ) -> tuple[list[Transformed], dict[str, Tensor]]:
+        """Pruned layers learned anew, with the vectors that were learned beside them."""
+        inputs = hidden[:]
+        done, vectors, error = recovered(
+            self.runner,
+            self.block,
+            waiting,
+            catalogue.get(f"recover/{self.plan.recover}"),
+            self.plan.options,
+            inputs=inputs,
+            targets=self.runner.forward(self.block, inputs, {}),
+            changed=changed,
+        )
+        self.tuned = replace(self.tuned, recovered=len(done), error=error)
+        return done, vectors
 
     def _learned(
         self,

@@ -28,7 +28,9 @@ def run_identity(prepared: Prepared, plan: Plan) -> str:
     """Says what a compression is; a stopped one is only taken up by the same."""
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    return _digest(prepared, [plan.format, plan.inputs, work, options, list(plan.tune)])
+    return _digest(
+        prepared, [plan.format, plan.inputs, work, options, list(plan.tune), plan.recover]
+    )
 
 
 def merge_identity(found: Parents, blend: Blend, asked: Any) -> str:

@@ -152,7 +152,8 @@ def _narrowed(
         cut = method.run(**{"weight": weight, **given}, density=density, units=joint.units, **own)
         # Positions of a kernel that read one channel answer together.
         bias = cut.bias.unflatten(0, (joint.reader.rows, -1)).sum(dim=1)
-        return Narrowed(cut.kept, cut.scores, bias, cut.weight, cut.notes)
+        whole = None if cut.weight is None else joint.whole(cut.weight)
+        return Narrowed(cut.kept, cut.scores, bias, whole, cut.notes)
 
     scores = {joint.reader.name: made(joint, 1.0).scores for joint in all}
     if zeroed:

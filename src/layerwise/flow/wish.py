@@ -11,7 +11,7 @@ from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
-from layerwise.core.plan import Inputs, LayerPlan, Tune, removers, tuning
+from layerwise.core.plan import Inputs, LayerPlan, Tune, recovering, removers, tuning
 from layerwise.core.rewriting import Rewriting, Rotate, Widths
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
@@ -72,6 +72,7 @@ class Wish:
         rotate_seed: What is random in that matrix.
         scale_keys: Even out the pairs of keys that rotary embeddings turn first, for a cache of
             rounded keys; the model stays the same function.
+        recover: How pruned layers are learned anew, block by block; "none" leaves them.
         tune: What is tuned once layers are transformed: "norms" estimates the statistics of batch
             norms again, "bias" moves biases.
     """
@@ -107,6 +108,7 @@ class Wish:
     rotate_seed: int = 0
     scale_keys: bool = False
     tune: Sequence[Tune] = ()
+    recover: str = "none"
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -230,7 +232,7 @@ class Wish:
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return [*needing([self.activation]), *tuning(self.tune)]
+        return [*needing([self.activation]), *tuning(self.tune), *recovering(self.recover)]
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
@@ -295,7 +297,8 @@ class Wish:
         for level in levels:
             self._check_server(level)
         used = {id: catalogue.get(id) for level in levels for id, _ in level.steps}
-        used |= {id: catalogue.get(id) for id in removers(self.rewriting)}
+        others = [*removers(self.rewriting), *recovering(self.recover)]
+        used |= {id: catalogue.get(id) for id in others}
         if allocator := self.allocator():
             used[allocator.id] = allocator
             if "scores" in allocator.evidence:

@@ -75,6 +75,7 @@ def evidence(
         "weights": weights,
         "shapes": [tuple(item.shape) for item in weights],
         "approximation": _coarse(weight),
+        "kept": torch.rand(weight.shape, generator=noise) < 0.5,
         "inputs": inputs,
         # A layer answers in its own width; a block, which has no one weight, in that of its input.
         "outputs": inputs @ weight.float().T if "weight" in words else stream,

@@ -119,6 +119,7 @@ _BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "quantize": ("method", {}),
     "prune": ("pruner", {}),
     "narrow": ("narrow", {}),
+    "recover": ("recover", {"pruner": "magnitude"}),
     "compensate": ("compensator", {"bits": 2, "group": 64}),
     "measure": ("measure", {"allocate": "threshold", "group": 64}),
     "allocate": ("allocate", {"method": "gptq", "group": 32, "symmetric": True}),
@@ -201,6 +202,8 @@ def _verdict(method: Method, claim: Claim, losses: Mapping[_Run, float]) -> Verd
 
 
 def _learns(run: _Run) -> bool:
+    if run.verb == "recover":
+        return True
     return run.verb == "quantize" and catalogue.get(f"quantize/{run.method}").learns is not None
 
 
