@@ -23,8 +23,8 @@ State = Mapping[str, Tensor]
 @merger(
     Paper("Unconstrained Model Merging for Enhanced LLM Reasoning", 2024, "2410.13699"),
     exempt={
-        "ignores_the_order_of_models": "what is drawn is drawn for a model's place; a merge of files "
-        "puts models in an order of their own first"
+        "ignores_the_order_of_models": "what is drawn is drawn for a model's place; a merge of "
+        "files puts models in an order of their own first"
     },
 )
 def unconstrained(
