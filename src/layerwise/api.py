@@ -27,6 +27,7 @@ from layerwise.core.rounds import Federation
 from layerwise.core.skipping import Sparse
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
+from layerwise.core.written import read_yaml
 from layerwise.evaluate.pictures import Images
 from layerwise.evaluate.tasks import Tasks
 from layerwise.export.bitstack import BitStack, Stack
@@ -40,6 +41,7 @@ from layerwise.flow.judging import Loss
 from layerwise.flow.loading import files_within, load_into
 from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
+from layerwise.flow.mergekit import KEY, translate
 from layerwise.flow.merging import Wanted
 from layerwise.flow.merging import merge as _merge
 from layerwise.flow.planning import make_plan
@@ -530,6 +532,26 @@ def merge(
     Raises:
         UserError: Something is not as it must be; nothing was written.
     """
+    if len(models) == 1 and isinstance(models[0], str | Path):
+        file = Path(models[0])
+        if file.suffix in (".yml", ".yaml"):
+            if KEY in (read_yaml(file, "recipe", "Write one, or give models.") or {}):
+                return _by_recipe(
+                    file,
+                    out,
+                    Wanted(
+                        missing=missing,
+                        texts=_texts(text),
+                        text_samples=text_samples,
+                        length=length,
+                    ),
+                    {"base": base, "method": method, "weights": weights, "options": options},
+                    progress=progress,
+                    restart=restart,
+                    trust_remote_code=trust_remote_code,
+                    recipe=recipe,
+                )
+            plan, models = file, ()
     said = None if plan is None else read_blend(Path(plan))
     rules = dict(said.rules) if said else {}
     if weights is not None or options:
@@ -560,6 +582,37 @@ def merge(
         wanted,
         progress or Silent(),
         base=base if base is not None else (said.base if said else "") or None,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        recipe=recipe,
+    )
+
+
+def _by_recipe(
+    file: Path,
+    out: str | Path,
+    wanted: Wanted,
+    beside: Mapping[str, Any],
+    *,
+    progress: Progress | None,
+    restart: bool,
+    trust_remote_code: bool,
+    recipe: Mapping[str, Any] | None,
+) -> Merge:
+    """Carry out a recipe of mergekit's.
+
+    Raises:
+        UserError: What the recipe says is said beside it, too.
+    """
+    if typed := [name for name, value in beside.items() if value]:
+        raise UserError(f"{file} says what to do, and {typed[0]} says it too.", "Leave one out.")
+    found = translate(file, wanted)
+    return _merge(
+        found.models,
+        out,
+        found.wanted,
+        progress or Silent(),
+        base=found.base,
         restart=restart,
         trust_remote_code=trust_remote_code,
         recipe=recipe,

@@ -23,6 +23,6 @@ def test_a_claim_needs_a_baseline_that_loses_something(loss, baseline, verdict, 
     method = dataclasses.replace(get("quantize/gptq"), claims=(claim,))
     losses = {"gptq": loss, "rtn": baseline}
     monkeypatch.setattr(claims.catalogue, "get", lambda _: method)
-    monkeypatch.setattr(claims, "excess_loss", lambda model, verb, name, options: losses[name])
+    monkeypatch.setattr(claims, "bench_loss", lambda model, verb, name, options: losses[name])
     (found,) = claims.check_claims(["quantize/gptq"], Silent())
     assert (found.loss, found.baseline, found.verdict) == (loss, baseline, verdict)

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from layerwise.core import catalogue, memory
+from layerwise.core.assembled import Assembled
 from layerwise.core.blend import Blend, Rule, lay_out, to_yaml
 from layerwise.core.checkpoint import (
     DTYPES,
@@ -68,6 +69,7 @@ class Wanted:
         fit: Text that coefficients are found on; None takes them as they are given.
         fit_evaluations: Most models that are tried for that.
         loss: What a module in memory loses, instead of texts.
+        sliced: Models have only some of the layers, and that is no news.
     """
 
     method: str = "linear"
@@ -84,6 +86,7 @@ class Wanted:
     fit: Text | None = None
     fit_evaluations: int = 200
     loss: Loss | None = None
+    sliced: bool = False
 
 
 def merge(
@@ -127,6 +130,11 @@ def merge(
     outputs = _outputs(found, dtype)
     arrangement = arrange(outputs.values())
     check_disk(target, arrangement.size)
+    if wanted.sliced and (wanted.texts or wanted.fit):
+        raise UserError(
+            "models of which only some layers are taken are not compared here.",
+            "Leave out --text and --fit; `layerwise evaluate OUT` judges the result.",
+        )
     judge = judge_of(
         found.described if isinstance(found.described, ModuleSource) else _plain(found),
         wanted.texts,
@@ -168,7 +176,7 @@ def merge(
             scores=scores,
             barriers=barriers,
             fit=fitted,
-            notes=list(found.notes),
+            notes=[] if wanted.sliced else list(found.notes),
             environment=environment("cpu"),
             recipe=recipe or {},
         )
@@ -324,9 +332,10 @@ def _small_files(
 ) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = dict(companions_of(found))
     config = dict(found.described.config)
-    if dtype is not None and "config.json" in files:
+    if dtype is not None:
         named = {name for name in ("dtype", "torch_dtype") if name in config} or {"dtype"}
         config |= dict.fromkeys(named, str(dtype).removeprefix("torch."))
+    if "config.json" in files and (dtype is not None or isinstance(found.described, Assembled)):
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if recipe:
         files["recipe.yaml"] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()

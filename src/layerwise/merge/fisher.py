@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.verbs import merger
 from layerwise.merge._differences import share_of_all
 
@@ -12,6 +12,10 @@ from layerwise.merge._differences import share_of_all
 @merger(
     Paper("Merging Models with Fisher-Weighted Averaging", 2021, "2111.09832"),
     rows="entry",
+    claims=(
+        Claim("linear", "digits-experts/merge", {}, 0.0, "figure 2: above averaging"),
+        Claim("linear", "stories260k-tuned/merge", {}, 0.0, "figure 2: above averaging"),
+    ),
 )
 def fisher(
     models: Float[Tensor, "models ..."],

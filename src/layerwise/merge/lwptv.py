@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.verbs import merger
 from layerwise.merge._states import Made, layers_of
@@ -16,6 +16,8 @@ from layerwise.merge._states import Made, layers_of
 @merger(
     Paper("Merging Smarter, Generalizing Better: Enhancing Model Merging on OOD Data", 2025,
           "2506.09093"),
+    claims=(
+        Claim("task_arithmetic", "digits-experts-unseen/merge", {"scale": 0.5}, 0.05, "abstract"),),
 )  # fmt: skip
 def lwptv(
     networks: Sequence[Mapping[str, Tensor]],

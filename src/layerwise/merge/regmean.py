@@ -4,13 +4,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.verbs import merger
 from layerwise.merge._differences import share_of_all
 
 
 @merger(
     Paper("Dataless Knowledge Fusion by Merging Weights of Language Models", 2022, "2212.09849"),
+    claims=(
+        Claim("linear", "digits-experts/merge", {}, 0.3, "table 2: above averaging everywhere"),
+        Claim("linear", "stories260k-tuned/merge", {}, 0.05, "table 2: above averaging everywhere"),
+        Claim("fisher", "digits-experts/merge", {}, 0.0, "table 2"),
+    ),
 )
 def regmean(
     models: Float[Tensor, "models ..."],

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.verbs import merger
 from layerwise.merge._differences import elected
 
@@ -16,6 +16,10 @@ from layerwise.merge._differences import elected
 @merger(
     Paper("TIES-Merging: Resolving Interference When Merging Models", 2023, "2306.01708"),
     rows="entry",
+    claims=(
+        Claim("linear", "digits-experts/merge", {"density": 0.5, "scale": 0.7}, 0.0, "table 1"),
+        Claim("linear", "stories260k-tuned/merge", {"density": 0.5}, 0.0, "table 1"),
+    ),
 )
 def ties(
     models: Float[Tensor, "models ..."],
