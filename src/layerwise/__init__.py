@@ -4,8 +4,8 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`, `federate`; and `forecast`, which says what carrying out a plan takes, `load`, for a
-model of any format, and `stack`, for one that grows and shrinks while it is in use.
+`evaluate`, `federate`, `ensemble`; and `forecast`, which says what carrying out a plan takes,
+`load`, for a model of any format, and `stack`, for one that grows and shrinks while it is in use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise.api import (
         compress,
+        ensemble,
         evaluate,
         federate,
         forecast,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UserError",
     "compress",
+    "ensemble",
     "evaluate",
     "federate",
     "forecast",

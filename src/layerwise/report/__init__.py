@@ -5,6 +5,7 @@ from layerwise.report.html import html
 from layerwise.report.pages import page
 from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
+    byte_vote,
     claims_table,
     federation_table,
     forecast_line,
@@ -18,6 +19,7 @@ from layerwise.report.tables import (
 )
 
 __all__ = [
+    "byte_vote",
     "claims_table",
     "evaluation",
     "federation_table",
