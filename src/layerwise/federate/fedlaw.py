@@ -1,4 +1,4 @@
-"""FedLAW: what each client counts, and how far the sum is shrunk, learned on the server's samples."""
+"""FedLAW: what each client counts, and how far the sum is shrunk, learned at the server."""
 
 from collections.abc import Callable, Mapping
 
