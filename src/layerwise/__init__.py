@@ -4,9 +4,9 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
-`evaluate`, `federate`; `measure`, for scores alone; and `forecast`, which says what carrying out a
-plan takes, `load`, for a model of any format, `stack`, for one that grows and shrinks while it is
-in use, and `sparsify`, for one that leaves work out.
+`evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which says what
+carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows and
+shrinks while it is in use, and `sparsify`, for one that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise.api import (
         compress,
+        ensemble,
         evaluate,
         federate,
         forecast,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UserError",
     "compress",
+    "ensemble",
     "evaluate",
     "federate",
     "forecast",

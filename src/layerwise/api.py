@@ -19,7 +19,7 @@ from layerwise.core.forecast import Forecast
 from layerwise.core.inspection import Inspection
 from layerwise.core.labelled import Labels
 from layerwise.core.merged import Merge
-from layerwise.core.outcome import Evaluation, Report, Sweep
+from layerwise.core.outcome import ByteVote, Evaluation, Report, Sweep
 from layerwise.core.parents import Missing
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
@@ -54,6 +54,7 @@ from layerwise.flow.studies import Study, study_of
 from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
+from layerwise.flow.voting import vote
 from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
@@ -854,4 +855,51 @@ def federate(
         progress or Silent(),
         out=None if out is None else Path(os.path.abspath(Path(out).expanduser())),
         restart=restart,
+    )
+
+
+def ensemble(
+    models: Sequence[str | Path],
+    *,
+    text: str | Path | Sequence[str] | None = None,
+    samples: int = 8,
+    length: int = 256,
+    weights: Sequence[float] | None = None,
+    prompt: str = "",
+    count: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ByteVote:
+    """Let language models vote byte by byte, whatever their tokenizers.
+
+    Args:
+        models: Paths, hub ids or `builtin:tiny`.
+        text: What is read; None and no prompt for the built-in text.
+        samples: Windows of it, each read by itself.
+        length: Bytes of each.
+        weights: What each model counts; alike if None.
+        prompt: What is continued, and may end inside a token.
+        count: Bytes that continue it.
+        temperature: Of the bytes' probabilities; 0 takes the likeliest.
+        seed: Of what is drawn.
+        trust_remote_code: Let checkpoints bring their own Python.
+        progress: Is told of each window.
+
+    Raises:
+        UserError: A model cannot be read, or cannot write the text.
+    """
+    return vote(
+        models,
+        text="builtin" if text is None and not prompt else text,
+        samples=samples,
+        length=length,
+        weights=weights,
+        prompt=prompt,
+        count=count,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=progress or Silent(),
     )

@@ -319,6 +319,28 @@ def _skipping(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
     return {name: value for name, value in said.items() if value is not None}
 
 
+def ensemble(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise ensemble`."""
+    with Bars() as bars:
+        seen = lw.ensemble(
+            chosen.models,
+            text=chosen.text,
+            samples=chosen.samples,
+            length=chosen.length,
+            weights=_numbers("--weights", chosen.weights),
+            prompt=chosen.prompt,
+            count=chosen.count,
+            temperature=chosen.temperature,
+            seed=chosen.seed,
+            trust_remote_code=chosen.trust_remote_code,
+            progress=bars,
+        )
+    console().print(report.byte_vote(seen))
+    if chosen.json:
+        _print_json(seen.as_json())
+    return 0
+
+
 def federate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise federate`."""
     options = _own_options(chosen, given)

@@ -39,7 +39,8 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        *(_inspect, _plan, _compress, _sweep, _merge, _evaluate, _federate, _run, _report),
+        *(_inspect, _plan, _compress, _sweep, _merge, _evaluate, _ensemble),
+        *(_federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
         add(commands, arguments)
@@ -359,6 +360,28 @@ def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Non
         section = parser.add_argument_group(title)
         for flag, options in flags:
             section.add_argument(flag, **options)
+
+
+def _ensemble(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "ensemble",
+        "let language models vote byte by byte, whatever their tokenizers",
+        "layerwise ensemble A B --text heldout.txt --samples 16 --length 256",
+        "layerwise ensemble A B --prompt 'Once upon a ti' --count 80",
+    )
+    made.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("--text", metavar="TEXT", help=f"{TEXT_HELP} (builtin, without a prompt)")
+    made.add_argument("--samples", type=int, default=8, help="windows (8)")
+    made.add_argument("--length", type=int, default=256, help="bytes per window (256)")
+    made.add_argument("--weights", metavar="NUMBERS", help="what each model counts (alike)")
+    made.add_argument("--prompt", default="", help="what to continue; it may end inside a word")
+    made.add_argument("--count", type=int, default=64, help="bytes that continue it (64)")
+    made.add_argument(
+        "--temperature", type=float, default=0.0, help="of bytes; 0 takes the likeliest (0)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
 def _federate(commands: Any, arguments: Sequence[str]) -> None:

@@ -503,3 +503,40 @@ class Sweep:
             UserError: It is no such sweep.
         """
         return rebuilt(cls, content, where)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteVote:
+    """Language models that read the same bytes, alone and together.
+
+    Attributes:
+        models: What each is.
+        weights: What each counts, summing to 1.
+        text: Where the bytes came from; "" if none were read.
+        bytes: How many were foretold.
+        bits: Bits per byte of each model; empty without a text.
+        bits_together: Of all together.
+        bits_error: Standard error of each of `bits`, windows taken as independent draws.
+        gained: Bits per byte that all together are below the best of them.
+        gained_error: Standard error of `gained`, window by window.
+        prompt: What was continued; "" if nothing was.
+        continuations: What each model continues it with.
+        continuation: What all together do.
+    """
+
+    models: Sequence[str]
+    weights: Sequence[float]
+    text: str = ""
+    bytes: int = 0
+    bits: Sequence[float] = ()
+    bits_together: float | None = None
+    bits_error: Sequence[float | None] = ()
+    gained: float | None = None
+    gained_error: float | None = None
+    prompt: str = ""
+    continuations: Sequence[str] = ()
+    continuation: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, all the way down."""
+        return asdict(self)

@@ -84,7 +84,7 @@ def windows(
     if isinstance(text, Tensor):
         ids, special = text.flatten(), "given as token ids"
     else:
-        ids, special = _tokens(source, _documents(text, role), samples * length)
+        ids, special = _tokens(source, documents(text, role), samples * length)
     whole = min(samples, len(ids) // length)
     if not whole:
         raise UserError(
@@ -94,7 +94,8 @@ def windows(
     return Windows(ids[: whole * length].reshape(whole, length), label, special)
 
 
-def _documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
+def documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
+    """The strings of a text; `role` says which built-in one is meant: see `windows`."""
     if not isinstance(text, str | Path):
         return text
     if str(text) == "builtin":

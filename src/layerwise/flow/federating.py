@@ -269,11 +269,27 @@ def one_round(
         client: among.reply(client, held.tensors, held.done, kept)
         for client in among.asked(held.done)
     }
+    after, excluded = joined(among, method, options, held, replies, proxy)
+    return after, row_of(after, replies, excluded, among.judge(after.tensors))
+
+
+def joined(
+    among: Federated,
+    method: Method,
+    options: Mapping[str, Any],
+    held: Global,
+    replies: Mapping[int, Reply | None],
+    proxy: Proxy | None,
+) -> tuple[Global, dict[int, str]]:
+    """The global model after a round, and who was left out.
+
+    Batch norms of a model that was made on the server's samples have their statistics.
+    """
     after, excluded = join(held, replies, method, options, among.learned, proxy)
     if proxy is not None:
         fresh = restated(among.module, after.tensors, among.proxy[0])
         after = Global(fresh, after.states, after.done)
-    return after, row_of(after, replies, excluded, among.judge(after.tensors))
+    return after, excluded
 
 
 def row_of(

@@ -7,6 +7,7 @@ from layerwise.report.pages import page
 from layerwise.report.plots import pareto_svg
 from layerwise.report.tables import (
     agreement_table,
+    byte_vote,
     claims_table,
     federation_table,
     forecast_line,
@@ -22,6 +23,7 @@ from layerwise.report.tables import (
 
 __all__ = [
     "agreement_table",
+    "byte_vote",
     "claims_table",
     "evaluation",
     "federation_table",

@@ -13,7 +13,7 @@ from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
 from layerwise.core.inspection import Inspection
 from layerwise.core.merged import Merge
-from layerwise.core.outcome import Report, Sweep
+from layerwise.core.outcome import ByteVote, Report, Sweep
 from layerwise.core.plan import Plan
 from layerwise.core.rounds import Federation
 from layerwise.core.structure import Structure
@@ -264,6 +264,27 @@ def sweep_table(sweep: Sweep) -> Group:
         f"{sweep.model}, compared on {sweep.text}; * is beaten by no other point",
         *(f"note: {note}" for note in sweep.notes),
     ]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def byte_vote(seen: ByteVote) -> Group:
+    """Bits per byte and continuations of each model, and of all together."""
+    table = _table(
+        ("model", "left"), ("weight", "right"), ("bits/byte", "right"), ("goes on", "left")
+    )
+    costs = [*seen.bits, seen.bits_together] if seen.bits else [None] * (len(seen.models) + 1)
+    names = [*seen.models, "together"]
+    shares = [*(f"{weight:.3f}" for weight in seen.weights), ""]
+    told = [*seen.continuations, seen.continuation] if seen.prompt else [""] * len(names)
+    for name, share_of, cost, text in zip(names, shares, costs, told, strict=True):
+        table.add_row(name, share_of, _number(cost), repr(text) if seen.prompt else "")
+    lines: list[str] = []
+    if seen.text and seen.gained is not None:
+        error = "" if seen.gained_error is None else f" ± {seen.gained_error:.4f}"
+        lines.append(
+            f"{seen.bytes} bytes of {seen.text}; together {seen.gained:.4f}{error} bits per byte "
+            "below the best of them"
+        )
     return Group(table, *(Text(line) for line in lines))
 
 

@@ -38,7 +38,7 @@ def ignores_the_order_of_clients(method: Method) -> None:
         clients = cases.evidence(("clients",), weight)["clients"]
         once = _join(method, weight, clients=clients)
         again = _join(method, weight, clients=clients[turned], counts=torch.tensor(COUNTS)[turned])
-        assert _close(again.weight, once.weight), name
+        assert _close(again.weight, once.weight, _rounding(method)), name
 
 
 def a_client_without_samples_does_not_count(method: Method) -> None:
@@ -111,10 +111,15 @@ def _join(method: Method, weight: Tensor, **changes: Any) -> Aggregated:
     return method.run(**given, **cases.options(method, weight))
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def _close(ours: Tensor, theirs: Tensor, rounding: float = 1e-6) -> bool:
     """The same to rounding of float32."""
     ours, theirs = ours.double(), theirs.double()
-    return bool((ours - theirs).norm() <= 1e-6 * theirs.norm())
+    return bool((ours - theirs).norm() <= rounding * theirs.norm())
+
+
+def _rounding(method: Method) -> float:
+    """How far sums in another order may lead: further where many steps follow each other."""
+    return 1e-4 if "steps" in method.options else 1e-6
 
 
 def _written(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
