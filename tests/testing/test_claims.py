@@ -33,5 +33,5 @@ def test_what_could_not_begin_in_time_is_not_checked(monkeypatch):
     method = dataclasses.replace(get("quantize/gptq"), claims=(claim,))
     monkeypatch.setattr(claims.catalogue, "get", lambda _: method)
     monkeypatch.setattr(claims, "bench_loss", lambda *run: 1.0)
-    (found,) = claims.check_claims(["quantize/gptq"], Silent(), minutes=0)
+    (found,) = claims.check_claims(["quantize/gptq"], Silent(), minutes=0.0)
     assert (found.loss, found.verdict) == (None, claims.NOT_REACHED)
