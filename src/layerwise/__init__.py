@@ -3,9 +3,10 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`,
-`evaluate`; `measure`, for scores alone; and `forecast`, which says what carrying out a plan takes,
-`load`, for a model of any format, and `stack`, for one that grows and shrinks while it is in use.
+The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
+`evaluate`, `federate`; `measure`, for scores alone; and `forecast`, which says what carrying out a
+plan takes, `load`, for a model of any format, `stack`, for one that grows and shrinks while it is
+in use, and `sparsify`, for one that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
     from layerwise.api import (
         compress,
         evaluate,
+        federate,
         forecast,
         inspect,
         load,
         measure,
+        merge,
         open,
         plan,
+        sparsify,
         stack,
         sweep,
     )
@@ -29,12 +33,15 @@ __all__ = [
     "UserError",
     "compress",
     "evaluate",
+    "federate",
     "forecast",
     "inspect",
     "load",
     "measure",
+    "merge",
     "open",
     "plan",
+    "sparsify",
     "stack",
     "sweep",
 ]

@@ -260,6 +260,37 @@ class ImageScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Savings:
+    """What a model left out while it ran, as counted in that run.
+
+    Operations are those of products of matrices and of attention, 2 for a multiplication and an
+    addition; what chooses is not counted where it is no such product.
+
+    Attributes:
+        method: What chose.
+        density: What it was asked to keep.
+        kept: What it kept, of all that it chose among.
+        flops_dense: Operations of the dense model on the same.
+        flops: Operations that are left.
+        sparse_kernel: They are left with a kernel that skips zeros: here they were multiplied.
+        cache_dense: Bytes of keys and values at the end of a window, over windows; 0 if no cache
+            was thinned.
+        cache: Bytes that were held.
+        after: So many tokens of each window were the prompt; only what follows was judged.
+    """
+
+    method: str
+    density: float
+    kept: float
+    flops_dense: int
+    flops: int
+    sparse_kernel: bool
+    cache_dense: int = 0
+    cache: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Everything `evaluate` has to tell; what was not asked for is None, or empty.
 
@@ -270,6 +301,7 @@ class Evaluation:
         noise_floor: The original computed in bfloat16 against itself, on the same windows.
         tasks: On tasks.
         images: On images.
+        savings: What it left out, where it was to leave work out.
         notes: What else the reader should know.
     """
 
@@ -279,6 +311,7 @@ class Evaluation:
     noise_floor: Comparison | None = None
     tasks: Sequence[TaskScore] = ()
     images: ImageScores | None = None
+    savings: Savings | None = None
     notes: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:

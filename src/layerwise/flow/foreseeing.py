@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from layerwise.core import catalogue, memory
+from layerwise.core.ablation import ABLATED_WINDOWS, EFFECTS, LEFT_OUT
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates, Options
 from layerwise.core.economy import LAVISH, Economy
@@ -303,13 +304,17 @@ class _Running:
         back = ids[: GRADIENT_WINDOWS if looking.of_weights else 0]
         of_blocks = any(method.unit == "block" for method in looking.measures)
         carried = self._carried(len(ids))
-        kept = self._carried(2 * len(runner.blocks) * len(back))
+        # The model as it is runs beside those without a block.
+        without = self._carried(self._without + self._without // len(runner.blocks))
+        kept = self._carried(2 * len(runner.blocks) * len(back)) + without
         running = carried + kept + self._block + self._through(ids)
         embedding = self._at_once(ids) * self.seen.passing.embedding.bytes
         made = {
             "running the embeddings": carried + self._outer + embedding,
             "carrying activations through a block": running + of_blocks * carried,
         }
+        if without:
+            made["leaving blocks out"] = running + self._outer + without
         if of_blocks:
             # A measure compares what goes in with what comes out, and may copy both.
             made["measuring a block"] = 4 * len(ids) * self._window
@@ -335,6 +340,16 @@ class _Running:
             # They go back through a block once more, to its weights.
             made["carrying gradients back"] += gathered
         return made
+
+    @property
+    def _without(self) -> int:
+        """Windows that run without a block, each way in which blocks are left out counted."""
+        if self.passes.calibration is None:
+            return 0
+        read = {word for measure in self.seen.looking.measures for word in measure.evidence}
+        ways = LEFT_OUT.keys() & {EFFECTS.get(word, word) for word in read}
+        windows = min(ABLATED_WINDOWS, len(self.passes.calibration))
+        return len(ways) * len(self.passes.runner.blocks) * windows
 
     def _evidence(self, group: Sequence[Layer]) -> int:
         """Entries of a gram matrix of what layers read, and of the gradients of their weights."""
@@ -401,5 +416,5 @@ class _Running:
         )
         twice = self.seen.graph.seconds * share + self.seen.answering.seconds
         seconds += looking.graphs * twice
-        alone = looking.apart * looking.layers
+        alone = looking.apart * looking.layers + self._without
         return seconds + alone * (through / 2 + 2 * passing.ending.seconds)

@@ -78,8 +78,9 @@ class Probe:
             for name in self._inside(block):
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
-            parts = original.carry(block, before, {})
-            before = self.shelf.keep("before", parts, count, before)
+            for earlier in self.runner.originals(block):
+                parts = original.carry(earlier, before, {})
+                before = self.shelf.keep("before", parts, count, before)
             parts = self.runner.carry(block, after, changed, answers=answers)
             after = self.shelf.keep("after", parts, count, after)
         return before, after

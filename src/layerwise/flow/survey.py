@@ -12,17 +12,19 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.apply import Made, Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
-from layerwise.core.carried import Activations, shelf
+from layerwise.core.carried import Activations, Shelf, shelf
 from layerwise.core.catalogue import PAIRED
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import GRAD, calibrated_words, of_layer
+from layerwise.core.evidence import GRAD, SLOPES, calibrated_words, of_layer
 from layerwise.core.fisher import WeightGradients
 from layerwise.core.joint import learned_together
 from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
 from layerwise.core.results import Coded, record
+from layerwise.core.runner import Runner
+from layerwise.core.slopes import WeightSlopes
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
 from layerwise.flow.preparing import Prepared
@@ -142,15 +144,14 @@ def survey(
         if runner and calibration is not None:
             runner = runner.running(economy.tokens)
             hidden = kept.keep("start", runner.starting(calibration), len(calibration))
-        gradients = None
-        if runner and calibration is not None and GRAD in words:
-            gradients = WeightGradients(runner, calibration, kept)
+        gradients, slopes = _passes(runner, calibration, words, kept)
         views = Views(prepared, runner, of_blocks, kept, told)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
             if runner and hidden is not None:
-                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input, gradients)
+                apart = economy.input_by_input
+                seen = Seen(runner, block, layers, words, hidden, apart, gradients, slopes)
             # What it sees is let go of by itself, input by input.
             coded = {} if seen is None else look.learned(layers, replace(seen))
             norms: dict[str, Any] = {}
@@ -187,6 +188,16 @@ def _about(
         seen = [records[method.name][name] for name in of.values() if name in records[method.name]]
         made[method.name] = method.across(seen)
     return made
+
+
+def _passes(
+    runner: Runner | None, calibration: Tensor | None, words: frozenset[str], kept: Shelf
+) -> tuple[WeightGradients | None, WeightSlopes | None]:
+    """What shows how the loss moves with weights, as far as it is asked for."""
+    if runner is None or calibration is None:
+        return None, None
+    gradients = WeightGradients(runner, calibration, kept) if GRAD in words else None
+    return gradients, WeightSlopes(runner, calibration) if SLOPES in words else None
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:

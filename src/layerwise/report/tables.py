@@ -12,8 +12,10 @@ from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
 from layerwise.core.inspection import Inspection
+from layerwise.core.merged import Merge
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import Plan
+from layerwise.core.rounds import Federation
 from layerwise.core.structure import Structure
 from layerwise.report.answers import answers
 from layerwise.report.figures import figure, share, windows_line
@@ -265,6 +267,36 @@ def sweep_table(sweep: Sweep) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
+def federation_table(done: Federation) -> Group:
+    """One row per round, and what came of them."""
+    table = _table(
+        ("round", "right"),
+        ("clients", "right"),
+        ("accuracy", "right"),
+        ("loss", "right"),
+        ("their loss", "right"),
+        ("left out", "left"),
+    )
+    for row in done.rounds:
+        table.add_row(
+            str(row.round),
+            str(len(row.clients)),
+            f"{row.accuracy:.2%}",
+            _number(row.loss),
+            _number(row.local_loss),
+            "; ".join(f"client {client} {why}" for client, why in row.excluded.items()),
+        )
+    idle = sum(not count for count in done.counts)
+    lines = [
+        f"{done.study}, {done.method}: accuracy {done.accuracy:.2%} over the last rounds",
+        f"samples of each client: {', '.join(map(str, done.counts))}"
+        + f"; {idle} have none and are never asked" * bool(idle),
+        *(f"note: {note}" for note in done.notes),
+        *([f"the model: {done.out}"] if done.out else []),
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
 def methods_table(methods: Sequence[Method]) -> Table:
     """One row per method."""
     table = _table(("method", "left"), ("needs", "left"), ("what it does", "left"))
@@ -297,6 +329,66 @@ def claims_table(verdicts: Sequence["Verdict"]) -> Table:
             verdict.verdict,
         )
     return table
+
+
+def merge_table(done: Merge) -> Group:
+    """How far every tensor of a merge is from its parents', and how good each model is."""
+    letters = [chr(ord("A") + n) if n < 26 else str(n) for n in range(len(done.models))]
+    named = [f"{letter}: {label}" for letter, label in zip(letters, done.models, strict=True)]
+    heads = [(f"to {letter}", "right") for letter in letters]
+    base = [("to base", "right")] if done.base else []
+    table = _table(
+        ("tensor", "left"),
+        ("shape", "right"),
+        ("weights", "right"),
+        *heads,
+        *base,
+        ("note", "left"),
+    )
+    for row in done.rows:
+        distances = [_number(one) for one in row.distances]
+        table.add_row(
+            row.tensor,
+            " x ".join(map(str, row.shape)),
+            " ".join(f"{share:.3g}" for share in row.shares) or "-",
+            *distances,
+            *([_number(row.from_base)] if done.base else []),
+            _reason(row.note),
+        )
+    parts: list[Any] = [table]
+    if done.scores:
+        texts = list(dict.fromkeys(one.text for one in done.scores))
+        scored = _table(("loss in nats per token", "left"), *((text, "right") for text in texts))
+        found = {(one.model, one.text): one.loss for one in done.scores}
+        for model in dict.fromkeys(one.model for one in done.scores):
+            scored.add_row(model, *(_number(found.get((model, text))) for text in texts))
+        parts.append(scored)
+    if done.barriers:
+        ways = _table(
+            ("between", "left"),
+            ("and", "left"),
+            ("text", "left"),
+            ("barrier", "right"),
+            ("at", "right"),
+        )
+        for one in done.barriers:
+            ways.add_row(one.first, one.second, one.text, _number(one.height), f"{one.at:.2f}")
+        parts.append(ways)
+    if (fit := done.fit) is not None:
+        parts.append(
+            Text(
+                f"weights found in {fit.evaluations} trials on {fit.text}: loss {fit.loss:.4f}, "
+                f"{fit.uniform_loss:.4f} with the best weights that are the same everywhere; on "
+                f"the half kept aside {fit.unseen_loss:.4f} and {fit.unseen_uniform_loss:.4f}"
+            )
+        )
+    parts += [Text(note) for note in done.notes]
+    line = (
+        f"{done.out}: {len(done.rows)} tensors by {done.method}, {done.dtype}, "
+        f"{_mb(done.bytes)} MB, {done.seconds:.1f} s; {'; '.join(named)}"
+        + (f"; base: {done.base}" if done.base else "")
+    )
+    return Group(*parts, Text(line))
 
 
 def _table(*columns: tuple[str, Any]) -> Table:

@@ -1,8 +1,10 @@
 """Claims of papers, checked on trained models that are at hand.
 
 A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
-compressed model over the original on held-out text: lower is better, 0 is lossless.  On the
-`digits-mlp` it is the share of test images that are misclassified.
+compressed model over the original on held-out text: lower is better, 0 is lossless.  For the verb
+`sparsify` nothing is compressed: the model leaves work out while it runs.  On the `digits-mlp` and
+of `digits-clients` the loss is the share of test images that are misclassified; on the `mnist-vit`
+how much that grows.
 """
 
 import json
@@ -22,11 +24,16 @@ import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
+from layerwise.testing.clients import clients_loss
 from layerwise.testing.digits import digits_loss
 from layerwise.testing.outliers import with_outliers
+from layerwise.testing.pictures import FILE as PICTURES_FILE
+from layerwise.testing.pictures import pictures_loss
 
 ASSETS = "LAYERWISE_ASSETS"
-DIGITS = "digits-mlp"
+DIGITS, CLIENTS = "digits-mlp", "digits-clients"
+SPARSIFY = "sparsify"
+PICTURES = "mnist-vit"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
@@ -111,6 +118,8 @@ _MODELS = {
 _BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "quantize": ("method", {}),
     "prune": ("pruner", {}),
+    "narrow": ("narrow", {}),
+    "recover": ("recover", {"pruner": "magnitude"}),
     "compensate": ("compensator", {"bits": 2, "group": 64}),
     "measure": ("measure", {"allocate": "threshold", "group": 64}),
     "allocate": ("allocate", {"method": "gptq", "group": 32, "symmetric": True}),
@@ -130,6 +139,12 @@ class _Run:
         """What it loses; lower is better."""
         if self.model == DIGITS:
             return digits_loss(self.method, json.loads(self.options)["density"])
+        if self.model == CLIENTS:
+            return clients_loss(self.method, json.loads(self.options))
+        if self.model == PICTURES:
+            return pictures_loss(self.method, **json.loads(self.options))
+        if self.verb == SPARSIFY:
+            return running_loss(self.model, self.method, self.options)
         return excess_loss(self.model, self.verb, self.method, self.options)
 
 
@@ -187,6 +202,8 @@ def _verdict(method: Method, claim: Claim, losses: Mapping[_Run, float]) -> Verd
 
 
 def _learns(run: _Run) -> bool:
+    if run.verb == "recover":
+        return True
     return run.verb == "quantize" and catalogue.get(f"quantize/{run.method}").learns is not None
 
 
@@ -200,9 +217,30 @@ def judged(loss: float, baseline: float, margin: float, noise: float) -> str:
     return HOLDS if over < 0 else FAILS
 
 
+def running_loss(model: str, name: str, options: str) -> float:
+    """Excess cross-entropy of a model that leaves work out while it runs, in nats per token."""
+    facts = _MODELS[model]
+    said = json.loads(options)
+    seen = lw.evaluate(
+        str(_asset(facts.path)) if facts.path else "builtin:tiny",
+        text=_heldout(facts),
+        samples=facts.windows,
+        length=facts.length,
+        noise_floor=False,
+        sparsify=name,
+        density=said.pop("density"),
+        skipping=said,
+    )
+    assert seen.text is not None
+    assert seen.text.loss_added is not None
+    return seen.text.loss_added
+
+
 def _is_here(model: str) -> bool:
-    if model == DIGITS:
+    if model in (DIGITS, CLIENTS):
         return True
+    if model == PICTURES:
+        return bool(os.environ.get(ASSETS)) and _asset(PICTURES_FILE).exists()
     path = _MODELS[model].path
     return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
 
