@@ -162,12 +162,12 @@ def _section(model: str, rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["correlation"]:
             by_name.setdefault(row["measure"], {})[row["treatment"]] = float(row["correlation"])
-    lines = [f"{rows[0]['layers']} layers."]
+    lines = [f"{rows[0]['layers']} layers. Best:", ""]
     for treatment in treatments:
         ranked = sorted(by_name, key=lambda name: -by_name[name].get(treatment, -2))
         best = ", ".join(f"{name} ({by_name[name][treatment]:.2f})" for name in ranked[:3])
         seconds = next(r["cpu_seconds"] for r in rows if r["treatment"] == treatment)
-        lines.append(f"{treatment.capitalize()} ({TOLD[treatment]}): {best} ({seconds} CPU s).")
+        lines.append(f"- {treatment} ({TOLD[treatment]}; {seconds} CPU s): {best}")
     ranked = sorted(by_name, key=lambda name: -max(by_name[name].values()))
     lines += ["", f"| measure | {' | '.join(treatments)} |", f"|---|{'---:|' * len(treatments)}"]
     for name in ranked:
@@ -177,7 +177,8 @@ def _section(model: str, rows: Sequence[Row]) -> list[str]:
     for treatment in treatments:
         lines.append(f"![Layers {treatment}](measures-{model}-{treatment}.svg)")
     left_out = {row["measure"]: row["note"] for row in rows if row["note"]}
-    return [*lines, "", *(f"- {name}: {why}" for name, why in left_out.items())]
+    told = [f"- {name}: {why}" for name, why in left_out.items()]
+    return [*lines, "", "Left out:", "", *told]
 
 
 if __name__ == "__main__":

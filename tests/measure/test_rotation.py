@@ -1,5 +1,7 @@
 import math
+import os
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
+import layerwise as lw
 from layerwise.measure.rotation import rotation
 
+ASSETS = "LAYERWISE_ASSETS"
 RATES = (3**-7, 3**-5, 3**-3)
 
 
@@ -70,6 +74,22 @@ def test_what_turned_further_generalizes_better():
     assert list(turned) == sorted(turned)
     assert list(right) == sorted(right)
     assert right[-1] >= right[0] + 0.05
+
+
+@pytest.mark.parametrize("tuned", ["shakespeare", "wikitext"])
+def test_fine_tuning_hardly_turns_a_real_model(tuned):
+    """What was fine-tuned is near its start; another draw of its size is at right angles to it."""
+    if not os.environ.get(ASSETS):
+        pytest.skip(f"{ASSETS} is not set")
+    models = Path(os.environ[ASSETS]) / "models"
+    base, made = models / "stories260k", models / f"stories260k-ft-{tuned}"
+    found = lw.inspect(made, ["rotation", "displacement"], against=base, cache=False).scores
+    assert all(0 < angle < 0.01 for angle in found["rotation"].values())
+    assert all(0 < way < 0.15 for way in found["displacement"].values())
+    source = lw.open(base)
+    for layer in source.structure.layers.values():
+        weight = layer.read(source.source).float()
+        assert abs(rotation(torch.randn(weight.shape), weight) - 1) < 0.15
 
 
 def _trained(rate):

@@ -83,6 +83,17 @@ def test_is_that_of_the_model_s_own_loss():
         assert abs(found["hessian_trace"][layer] - trace) < 3 * error + 1e-6
 
 
+def test_a_budget_can_be_shared_out_by_it(llama):
+    ids = torch.arange(4 * 16).remainder(50).reshape(4, 16)
+    options = {"measure/hessian_trace": {"draws": 1}}
+    shown = {"calibration": ids, "samples": 4, "length": 16, "cache": False, "options": options}
+    wish = {"budget": "4bits", "group": 16, "allocate": "threshold", "measure": "hessian_trace"}
+    plan = lw.plan(llama, **shown, **wish)
+    assert len({layer.bits for layer in plan.layers.values()}) > 1
+    with pytest.raises(UserError, match="there is none"):
+        lw.plan(llama, **shown, **{**wish, "measure": "rotation"})
+
+
 def test_sees_through_the_blocks_of_a_language_model(llama):
     ids = torch.arange(2 * 12).remainder(7).reshape(2, 12)
     shown = {"calibration": ids, "samples": 2, "length": 12, "cache": False}

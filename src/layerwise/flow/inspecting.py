@@ -8,6 +8,7 @@ from layerwise.core import catalogue
 from layerwise.core.cache import Cache
 from layerwise.core.carried import shelf
 from layerwise.core.checkpoint import Source
+from layerwise.core.economy import LAVISH
 from layerwise.core.errors import UserError
 from layerwise.core.inspection import Inspection, Truth
 from layerwise.core.plan import LayerPlan
@@ -17,7 +18,7 @@ from layerwise.core.text import Windows
 from layerwise.flow.agreeing import agreement
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level, label
-from layerwise.flow.pairing import PATH_TOKENS, POINTS, check_pair, evidence_for
+from layerwise.flow.pairing import PATH_TOKENS, POINTS, check_pair
 from layerwise.flow.preparing import Prepared, Texts, calibration_text, check_loss, prepare
 from layerwise.flow.probing import Probe
 from layerwise.flow.survey import Survey, everywhere, running_in_blocks, survey
@@ -99,17 +100,17 @@ def look(
         check_level(prepared, wanted, level)
     even = [everywhere(level, found, source, wanted.options) for level in levels]
     candidates = candidates_of(prepared, cache)
-    with shelf(_large(prepared, methods), cache.folder) as kept:
-        seen = survey(
-            prepared,
-            {name: [plans[name] for plans in even] for name in found.layers},
-            options=wanted.options,
-            measures=methods,
-            told=evidence_for(methods, prepared, base, kept, progress),
-            lenient=every,
-            candidates=candidates,
-            progress=progress,
-        )
+    seen = survey(
+        prepared,
+        {name: [plans[name] for plans in even] for name in found.layers},
+        options=wanted.options,
+        measures=methods,
+        base=base,
+        lenient=every,
+        candidates=candidates,
+        economy=replace(LAVISH, on_disk=_large(prepared, methods)),
+        progress=progress,
+    )
     left_out |= seen.refused
     columns = _columns(seen, asked.widths)
     if every:

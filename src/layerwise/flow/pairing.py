@@ -1,6 +1,7 @@
 """Evidence of a model and another, and of a model and itself disturbed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from layerwise.core.apply import check_finite
 from layerwise.core.carried import Activations, Shelf
-from layerwise.core.catalogue import PAIRED, Method
+from layerwise.core.catalogue import PAIRED
 from layerwise.core.checkpoint import Source
 from layerwise.core.curvature import Curvature
 from layerwise.core.errors import UserError
@@ -21,7 +22,11 @@ from layerwise.core.structure import Layer, Structure
 from layerwise.core.tangents import tangents
 from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared
-from layerwise.flow.survey import Told
+
+# Evidence by word, and then by layer or, for measures of blocks, block.
+Told = Mapping[str, Mapping[str, Any]]
+# What no walk through one model shows.
+BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents"}
 
 # Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
 # point.
@@ -58,7 +63,7 @@ def check_pair(source: Source, base: Source, found: Structure) -> None:
 
 
 def evidence_for(
-    methods: Sequence[Method],
+    words: AbstractSet[str],
     prepared: Prepared,
     base: Source | None,
     shelf: Shelf,
@@ -69,13 +74,12 @@ def evidence_for(
     Tensors and activations are read when they are asked for, in the order of the blocks.
 
     Args:
-        methods: Measures.
+        words: Of `BEFOREHAND`; those that the model as prepared does not give are left out.
         prepared: The model.
         base: The other model; None for none.
         shelf: Where activations lie between blocks.
         progress: Is told of each block.
     """
-    words = {word for method in methods for word in method.evidence}
     runner, text = prepared.runner, prepared.calibration
     told: dict[str, Mapping[str, Any]] = {}
     if base is not None and "base" in words:
@@ -185,7 +189,7 @@ class _Between:
         assert self.prepared.runner is not None
         return self.prepared.runner
 
-    def evidence(self, words: set[str], progress: Progress) -> Told:
+    def evidence(self, words: AbstractSet[str], progress: Progress) -> Told:
         """The losses of both, and on the ways of each layer and block."""
         growing = {point: self.runner.start(self.ids) for point in POINTS[1:]}
 

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,11 +26,10 @@ from layerwise.core.runner import Runner
 from layerwise.core.slopes import WeightSlopes
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
+from layerwise.flow.pairing import BEFOREHAND, Told, evidence_for
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.views import View, Views, weight_of
 
-# Evidence that was gathered beforehand, by word, then by layer or, for measures of blocks, block.
-Told = Mapping[str, Mapping[str, Any]]
 # What a measure answered, by layer and name.
 Records = Mapping[str, Mapping[str, float]]
 # Codes that were learned together, by the level that all layers had then, and by layer.
@@ -90,7 +88,7 @@ def survey(
     *,
     options: Options,
     measures: Sequence[catalogue.Method] = (),
-    told: Told = MappingProxyType({}),
+    base: Source | None = None,
     lenient: bool = False,
     candidates: Candidates | None = None,
     economy: Economy = LAVISH,
@@ -104,7 +102,7 @@ def survey(
         options: Options of methods, by id.
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
-        told: Evidence that this walk does not gather.
+        base: Another model of the same layers, for measures that compare with it.
         lenient: Leave out a measure that refuses a layer, with its reason, instead of stopping.
         candidates: Where what levels make of layers is kept; what is there is not made again.
         economy: What to hold on disk, and how much to take up at a time.
@@ -117,7 +115,7 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
-    _check_told(measures, told)
+    _check_base(measures, base)
     known = known_losses(found, levels, options, candidates)
     if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
@@ -129,7 +127,6 @@ def survey(
         [m for m in measures if m.unit == "layer"],
         candidates,
         known,
-        told,
         lenient,
     )
     per_layer = any("norms" in method.evidence for method in of_blocks)
@@ -145,7 +142,8 @@ def survey(
             runner = runner.running(economy.tokens)
             hidden = kept.keep("start", runner.starting(calibration), len(calibration))
         gradients, slopes = _passes(runner, calibration, words, kept)
-        views = Views(prepared, runner, of_blocks, kept, told)
+        look.gather(measures, prepared, base, kept, progress)
+        views = Views(prepared, runner, of_blocks, kept, look.told)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
@@ -224,13 +222,13 @@ def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
     return ""
 
 
-def _check_told(measures: Sequence[catalogue.Method], told: Told) -> None:
-    for method in measures:
-        if unknown := [word for word in method.evidence if word in PAIRED and word not in told]:
-            raise UserError(
-                f"{method.id} compares a model with another ({unknown[0]}), and there is none.",
-                "Give one: `layerwise inspect MODEL --against BASE`.",
-            )
+def _check_base(measures: Sequence[catalogue.Method], base: Source | None) -> None:
+    needy = [method.id for method in measures if PAIRED.intersection(method.evidence)]
+    if needy and base is None:
+        raise UserError(
+            f"{needy[0]} compares a model with another, and there is none.",
+            "Give one: `layerwise inspect MODEL --against BASE`.",
+        )
 
 
 def known_losses(
@@ -273,8 +271,8 @@ class _Look:
     measures: Sequence[catalogue.Method]
     candidates: Candidates | None
     known: Mapping[str, Losses]
-    told: Told
     lenient: bool
+    told: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
     refused: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -288,6 +286,20 @@ class _Look:
                 raise
             self.refused.setdefault(method.name, error.problem)
 
+    def gather(
+        self,
+        measures: Sequence[catalogue.Method],
+        prepared: Prepared,
+        base: Source | None,
+        kept: Shelf,
+        progress: Progress,
+    ) -> None:
+        """Gather what measures read that the walk does not show."""
+        for method in measures:
+            words = BEFOREHAND.intersection(method.evidence) - self.told.keys()
+            with self.sparing(method):
+                self.told.update(evidence_for(words, prepared, base, kept, progress))
+
     def through(
         self,
         view: View,
@@ -297,6 +309,8 @@ class _Look:
         """Look at a block with the measures of blocks."""
         names = [layer.name for layer in view.layers]
         for method in measures:
+            if method.name in self.refused:
+                continue
             with self.sparing(method):
                 answer = method.run(**view.of(method), **self.options.get(method.id, {}))
                 records[method.name].update(dict.fromkeys(names, record(answer)))
@@ -309,7 +323,7 @@ class _Look:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
         gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
-        return calibrated_words(self.measures).difference(self.told) | tried | gram
+        return calibrated_words(self.measures) - BEFOREHAND | tried | gram
 
     def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
         """The codes of a block's layers that are learned together, at each level that needs it."""
@@ -353,6 +367,8 @@ class _Look:
         weights = [weight_of(self.source, layer) for layer in group]
         trial = Trial(group, weights, evidence, self.options, coded, self.told)
         for method in self.measures:
+            if method.name in self.refused:
+                continue
             with self.sparing(method):
                 records[method.name].update(trial.records(method, self.levels))
         self.losses.update(trial.losses(self.levels, self.known, self.candidates))
