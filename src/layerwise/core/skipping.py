@@ -130,7 +130,8 @@ def skip_inputs(
         y = (W Q) (m * Q^T x)
 
     so that the columns of that weight are orthogonal; without a mask y is what it was.  What turns
-    an input is one more product for it, and is counted.
+    an input is one more product for it, and is counted.  WINA's paper turns the residual stream
+    instead, into weights and shortcuts, and pays for as many products, one at each shortcut.
 
     Args:
         model: The model.
