@@ -461,12 +461,13 @@ def evaluate(
     images: Images | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    detect: Labels | Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """How good a model is: on text, on tasks, on images; and how far from another one.
 
-    Checkpoints are loaded with transformers, as their users will load them.  Without tasks and
-    images, a text is read: perplexity, and with an original KL and top-1 agreement.
+    Checkpoints are loaded with transformers, as their users will load them.  Without tasks, images
+    and texts to detect, a text is read: perplexity, and with an original KL and top-1 agreement.
 
     Args:
         model: Path, hub id or `builtin:tiny`, quantized ones too; for images also a module.
@@ -486,6 +487,8 @@ def evaluate(
         mean: Mean of each channel, of values from 0 to 1; by default what the checkpoint says, and
             for a module no normalisation.
         std: Standard deviation of each channel.
+        detect: Texts to be scored for whether a model wrote them, each as far as `length` tokens:
+            texts, or a file of them; with their classes, the scores are judged too.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
@@ -502,5 +505,7 @@ def evaluate(
         cache,
         trust_remote_code,
     )
-    asked = Asked(text, samples, length, noise_floor, wanted if put else None, images, mean, std)
+    asked = Asked(
+        text, samples, length, noise_floor, wanted if put else None, images, mean, std, detect
+    )
     return assess(model, against, asked, trust_remote_code=trust_remote_code)

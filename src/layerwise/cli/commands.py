@@ -223,6 +223,7 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         images=chosen.images,
         mean=_numbers("--mean", chosen.mean),
         std=_numbers("--std", chosen.std),
+        detect=chosen.detect,
         trust_remote_code=chosen.trust_remote_code,
     )
     console().print(report.evaluation(seen))

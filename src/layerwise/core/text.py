@@ -84,7 +84,7 @@ def windows(
     if isinstance(text, Tensor):
         ids, special = text.flatten(), "given as token ids"
     else:
-        ids, special = _tokens(source, _documents(text, role), samples * length)
+        ids, special = _tokens(source, documents(text, role), samples * length)
     whole = min(samples, len(ids) // length)
     if not whole:
         raise UserError(
@@ -94,7 +94,12 @@ def windows(
     return Windows(ids[: whole * length].reshape(whole, length), label, special)
 
 
-def _documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
+def documents(text: str | Path | Sequence[str], role: str = "calibration") -> Sequence[str]:
+    """The documents of a text, as `windows` reads it.
+
+    Raises:
+        UserError: It is missing or cannot be read.
+    """
     if not isinstance(text, str | Path):
         return text
     if str(text) == "builtin":
@@ -106,14 +111,14 @@ def _documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
         return _hub_documents(str(text))
     try:
         content = path.read_text(encoding="utf-8")
-        documents: Any = json.loads(content) if path.suffix == ".json" else [content]
+        found: Any = json.loads(content) if path.suffix == ".json" else [content]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read: {error}", "Give a UTF-8 text file or a JSON list of strings."
         ) from error
-    if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise UserError(f"{path} is not a JSON list of strings.", 'Write ["text", "text", …].')
-    return documents
+    return found
 
 
 def _hub_documents(name: str) -> Sequence[str]:

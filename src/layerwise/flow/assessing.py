@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from layerwise.core.checkpoint import Checkpoint, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Comparison, Evaluation, ImageScores, TaskScore
+from layerwise.core.labelled import Labels
+from layerwise.core.outcome import Comparison, Detection, Evaluation, ImageScores, TaskScore
 from layerwise.core.text import Text, Windows, windows
 from layerwise.core.walk import FLOOR_DTYPE
 from layerwise.evaluate.images import check_classifier, compare_images
@@ -33,6 +34,7 @@ from layerwise.evaluate.tasks import (
     find,
 )
 from layerwise.evaluate.text import compare
+from layerwise.flow.detecting import Suspects, detected, suspects
 from layerwise.flow.loading import answers, load
 
 Loader = Callable[[torch.dtype], Any]
@@ -51,6 +53,7 @@ class Asked:
         images: Labelled pictures.
         mean: Mean of each channel of them, instead of the checkpoint's own.
         std: Standard deviation of each channel.
+        detect: Texts that a model may have written.
     """
 
     text: Text | None = None
@@ -61,6 +64,7 @@ class Asked:
     images: Images | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    detect: Labels | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class _Checked:
     windows: Windows | None
     tasks: FoundTasks | None
     pictures: tuple[Pictures, Preparer, str] | None
+    suspects: Suspects | None
 
 
 def assess(
@@ -114,7 +119,12 @@ def assess(
         tasks=tasks,
         images=_on_images(checked.pictures, loaded, base_loaded),
         notes=notes,
+        detection=_on_suspects(checked.suspects, loaded),
     )
+
+
+def _on_suspects(found: Suspects | None, loaded: Loader) -> Detection | None:
+    return None if found is None else detected(loaded(torch.float32), found)
 
 
 def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checked:
@@ -126,9 +136,9 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
             check_classifier(one)
         channels: int = source.config.get("num_channels", 3)
         prepare, said = checkpoint_preparer(source, asked.mean, asked.std)
-        found = in_classes(read_pictures(asked.images, channels=channels), source)
-        prepare(found.read(0, 1))
-        pictures = found, prepare, said
+        shown = in_classes(read_pictures(asked.images, channels=channels), source)
+        prepare(shown.read(0, 1))
+        pictures = shown, prepare, said
     tasks = None
     if asked.tasks is not None:
         check_settings(asked.tasks)
@@ -136,7 +146,8 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
             check_model(one)
         tasks = find(asked.tasks)
     chosen = None
-    if asked.text is not None or (tasks is None and pictures is None):
+    found = None if asked.detect is None else suspects(source, asked.detect, asked.length)
+    if asked.text is not None or (tasks is None and pictures is None and found is None):
         text = "builtin" if asked.text is None else asked.text
         chosen = windows(source, text, samples=asked.samples, length=asked.length, role="heldout")
         if base and base.config.get("vocab_size") != source.config.get("vocab_size"):
@@ -145,7 +156,7 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
                 f"{base.config.get('vocab_size')}.",
                 "Give the model that it was made from.",
             )
-    return _Checked(chosen, tasks, pictures)
+    return _Checked(chosen, tasks, pictures, found)
 
 
 def _loader(source: Checkpoint, trust_remote_code: bool) -> Loader:
@@ -215,7 +226,8 @@ def _assess_modules(
             "a module in memory and a path are not compared with each other.",
             "Give both as modules, or both as paths.",
         )
-    if asked.images is None or asked.text is not None or asked.tasks is not None:
+    others = (asked.text, asked.tasks, asked.detect)
+    if asked.images is None or any(one is not None for one in others):
         raise UserError(
             f"a module in memory ({type(model).__name__}) is evaluated on images only.",
             "Give images=…; for text and tasks, save the model and give its directory.",
