@@ -744,12 +744,13 @@ def evaluate(
     sparsify: str = "",
     density: float = 0.5,
     skipping: Mapping[str, Any] | None = None,
+    detect: Labels | Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """How good a model is: on text, on tasks, on images; and how far from another one.
 
-    Checkpoints are loaded with transformers, as their users will load them.  Without tasks and
-    images, a text is read: perplexity, and with an original KL and top-1 agreement.
+    Checkpoints are loaded with transformers, as their users will load them.  Without tasks, images
+    and texts to detect, a text is read: perplexity, and with an original KL and top-1 agreement.
 
     Args:
         model: Path, hub id or `builtin:tiny`, quantized ones too; for images also a module.
@@ -773,6 +774,8 @@ def evaluate(
         density: Fraction of that work to keep.
         skipping: More fields of `Skipping`: first, orthogonal, after, prompt, recent, calibration,
             or `options` of the method.
+        detect: Texts to be scored for whether a model wrote them, each as far as `length` tokens:
+            texts, or a file of them; with their classes, the scores are judged too.
         trust_remote_code: Let the checkpoint bring its own Python.
 
     Raises:
@@ -796,7 +799,7 @@ def evaluate(
         )
     left = _skipping(sparsify, density, skipping or {}) if sparsify else None
     put_tasks = wanted if put else None
-    asked = Asked(text, samples, length, noise_floor, put_tasks, images, mean, std, left)
+    asked = Asked(text, samples, length, noise_floor, put_tasks, images, mean, std, left, detect)
     return assess(model, against, asked, trust_remote_code=trust_remote_code)
 
 

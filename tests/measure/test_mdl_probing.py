@@ -25,7 +25,7 @@ def test_is_the_length_of_the_message_sent_label_by_label():
         if not len(known):
             bits += math.log2(4)
             continue
-        fitted = probe(states[known], labels[known], 4, penalize_bias=True)
+        fitted = probe(states[known], labels[known], 4, penalty=6.0, bias_penalty=1.0)
         answer = fitted.answers(states[example : example + 1])[0]
         bits -= float(answer[labels[example]]) / math.log(2)
         right += (place >= 100) * int(answer.argmax() == labels[example])

@@ -34,12 +34,12 @@ def test_features_that_say_nothing_have_no_weight():
 
 def test_a_class_that_was_not_seen_stays_possible():
     states, labels = _examples(2, 4)
-    found = probe(states, labels, 3, penalize_bias=True).answers(states)
+    found = probe(states, labels, 3, bias_penalty=1.0).answers(states)
     assert found.isfinite().all()
     assert found[:, 2].exp().max() < 0.5
 
 
 def test_learns_from_a_single_example():
     states, labels = _examples(2, 4)
-    answers = probe(states[:1], labels[:1], 2, penalize_bias=True).answers(states)
+    answers = probe(states[:1], labels[:1], 2, bias_penalty=1.0).answers(states)
     assert answers.isfinite().all()

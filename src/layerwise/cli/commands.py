@@ -295,6 +295,7 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         sparsify=chosen.sparsify,
         density=chosen.density,
         skipping=_skipping(chosen, given),
+        detect=chosen.detect,
         trust_remote_code=chosen.trust_remote_code,
     )
     console().print(report.evaluation(seen))

@@ -289,6 +289,7 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
         "layerwise evaluate MODEL --text heldout.txt --sparsify wina --density 0.65",
         "layerwise evaluate MODEL --sparsify think --density 0.6 --prompt 0.75",
+        "layerwise evaluate MODEL --detect essays.jsonl --length 256",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("--against", metavar="BASE", help="the model it was made from")
@@ -317,6 +318,10 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
     images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
     _sparsify(made, arguments)
+    detection = made.add_argument_group("did a model write it?")
+    detection.add_argument(
+        "--detect", metavar="FILE", help="texts to score, as --labels, or a JSON list of strings"
+    )
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 

@@ -127,6 +127,15 @@ def check_labels(
         )
 
 
+def labelled_texts(given: Labels) -> list[tuple[str, str]]:
+    """Texts with their classes, as they lie in a file or directory.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    return list(_pairs(given))
+
+
 def _pairs(given: Labels) -> Iterator[tuple[str, str]]:
     if not isinstance(given, str | Path):
         yield from ((text, str(name)) for text, name in given)

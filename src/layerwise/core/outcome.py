@@ -291,6 +291,42 @@ class Savings:
 
 
 @dataclass(frozen=True, slots=True)
+class TextScore:
+    """How likely a text is to be a model's.
+
+    Attributes:
+        text: How it begins.
+        tokens: Those that were scored.
+        label: Its class; "" if that is not known.
+        scores: By name; higher is more likely a model's.
+    """
+
+    text: str
+    tokens: int
+    label: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """Texts that a model was asked about: which of them did a model write?
+
+    Attributes:
+        source: Where they came from.
+        texts: One for each.
+        machine: The class that was taken for a model's texts; "" if there are not two.
+        auroc: Chance that a model's text scores above another, by score.
+        short: Texts that were too short to be scored.
+    """
+
+    source: str
+    texts: Sequence[TextScore]
+    machine: str
+    auroc: Mapping[str, float]
+    short: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Everything `evaluate` has to tell; what was not asked for is None, or empty.
 
@@ -303,6 +339,7 @@ class Evaluation:
         images: On images.
         savings: What it left out, where it was to leave work out.
         notes: What else the reader should know.
+        detection: What it says of texts that a model may have written.
     """
 
     model: str
@@ -313,6 +350,7 @@ class Evaluation:
     images: ImageScores | None = None
     savings: Savings | None = None
     notes: Sequence[str] = ()
+    detection: Detection | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, all the way down."""

@@ -94,8 +94,12 @@ def windows(
     return Windows(ids[: whole * length].reshape(whole, length), label, special)
 
 
-def documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
-    """The strings of a text; `role` says which built-in one is meant: see `windows`."""
+def documents(text: str | Path | Sequence[str], role: str = "calibration") -> Sequence[str]:
+    """The strings of a text; `role` says which built-in one is meant: see `windows`.
+
+    Raises:
+        UserError: It is missing or cannot be read.
+    """
     if not isinstance(text, str | Path):
         return text
     if str(text) == "builtin":
@@ -107,14 +111,14 @@ def documents(text: str | Path | Sequence[str], role: str) -> Sequence[str]:
         return _hub_documents(str(text))
     try:
         content = path.read_text(encoding="utf-8")
-        documents: Any = json.loads(content) if path.suffix == ".json" else [content]
+        found: Any = json.loads(content) if path.suffix == ".json" else [content]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read: {error}", "Give a UTF-8 text file or a JSON list of strings."
         ) from error
-    if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise UserError(f"{path} is not a JSON list of strings.", 'Write ["text", "text", …].')
-    return documents
+    return found
 
 
 def _hub_documents(name: str) -> Sequence[str]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from layerwise.core.checkpoint import Checkpoint, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Comparison, Evaluation, ImageScores, TaskScore
+from layerwise.core.labelled import Labels
+from layerwise.core.outcome import Comparison, Detection, Evaluation, ImageScores, TaskScore
 from layerwise.core.text import Text, Windows, windows
 from layerwise.core.walk import FLOOR_DTYPE
 from layerwise.evaluate.images import check_classifier, compare_images
@@ -33,6 +34,7 @@ from layerwise.evaluate.tasks import (
     find,
 )
 from layerwise.evaluate.text import compare
+from layerwise.flow.detecting import Suspects, detected, suspects
 from layerwise.flow.loading import answers, load
 from layerwise.flow.sparsifying import (
     CALIBRATION_WINDOWS,
@@ -59,6 +61,7 @@ class Asked:
         mean: Mean of each channel of them, instead of the checkpoint's own.
         std: Standard deviation of each channel.
         sparsify: What the model is to leave out; it is then compared with itself.
+        detect: Texts that a model may have written.
     """
 
     text: Text | None = None
@@ -70,6 +73,7 @@ class Asked:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     sparsify: Skipping | None = None
+    detect: Labels | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class _Checked:
     calibration: Windows | None
     tasks: FoundTasks | None
     pictures: tuple[Pictures, Preparer, str] | None
+    suspects: Suspects | None
 
 
 def assess(
@@ -128,16 +133,17 @@ def assess(
         tasks=tasks,
         images=_on_images(checked.pictures, loaded, base_loaded),
         notes=notes,
+        detection=_on_suspects(checked.suspects, loaded),
     )
 
 
 def _check_sparse(wanted: Skipping, asked: Asked, against: object) -> None:
     """Refuse what a model that leaves work out is not judged on."""
     method = wanted.found()
-    if against is not None or asked.tasks is not None:
+    if against is not None or asked.tasks is not None or asked.detect is not None:
         raise UserError(
             f"with {method.id} a model is compared with itself, on text or images.",
-            "Leave out the other model and the tasks.",
+            "Leave out the other model, the tasks and the texts to detect.",
         )
     pictures = kind(method) == "attentions"
     if pictures and (asked.images is None or asked.text is not None):
@@ -180,6 +186,10 @@ def _sparse(
         )
 
 
+def _on_suspects(found: Suspects | None, loaded: Loader) -> Detection | None:
+    return None if found is None else detected(loaded(torch.float32), found)
+
+
 def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checked:
     """Read what was asked for, and refuse what does not fit the models."""
     sources = [one for one in (source, base) if one is not None]
@@ -189,9 +199,9 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
             check_classifier(one)
         channels: int = source.config.get("num_channels", 3)
         prepare, said = checkpoint_preparer(source, asked.mean, asked.std)
-        found = in_classes(read_pictures(asked.images, channels=channels), source)
-        prepare(found.read(0, 1))
-        pictures = found, prepare, said
+        shown = in_classes(read_pictures(asked.images, channels=channels), source)
+        prepare(shown.read(0, 1))
+        pictures = shown, prepare, said
     tasks = None
     if asked.tasks is not None:
         check_settings(asked.tasks)
@@ -199,7 +209,8 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
             check_model(one)
         tasks = find(asked.tasks)
     chosen = None
-    if asked.text is not None or (tasks is None and pictures is None):
+    found = None if asked.detect is None else suspects(source, asked.detect, asked.length)
+    if asked.text is not None or (tasks is None and pictures is None and found is None):
         text = "builtin" if asked.text is None else asked.text
         chosen = windows(source, text, samples=asked.samples, length=asked.length, role="heldout")
         if base and base.config.get("vocab_size") != source.config.get("vocab_size"):
@@ -216,7 +227,7 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
             samples=CALIBRATION_WINDOWS,
             length=asked.length,
         )
-    return _Checked(chosen, calibration, tasks, pictures)
+    return _Checked(chosen, calibration, tasks, pictures, found)
 
 
 def _loader(source: Checkpoint, trust_remote_code: bool) -> Loader:
@@ -286,7 +297,8 @@ def _assess_modules(
             "a module in memory and a path are not compared with each other.",
             "Give both as modules, or both as paths.",
         )
-    if asked.images is None or asked.text is not None or asked.tasks is not None:
+    others = (asked.text, asked.tasks, asked.detect)
+    if asked.images is None or any(one is not None for one in others):
         raise UserError(
             f"a module in memory ({type(model).__name__}) is evaluated on images only.",
             "Give images=…; for text and tasks, save the model and give its directory.",

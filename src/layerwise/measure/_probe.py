@@ -41,7 +41,7 @@ def probe(
     classes: int,
     *,
     penalty: float = 1.0,
-    penalize_bias: bool = False,
+    bias_penalty: float = 0.0,
 ) -> Probe:
     """Fit a probe by L-BFGS.
 
@@ -57,7 +57,8 @@ def probe(
         labels: Their classes.
         classes: How many classes there are, whether or not all are among the labels.
         penalty: How much the size of the weights costs; 1 is scikit-learn's C=1.
-        penalize_bias: The bias costs too, so that a class without an example stays possible.
+        bias_penalty: How much that of the bias costs: above 0, a class without an example stays
+            possible.
     """
     given = states.double()
     centre, spread = given.mean(dim=0), given.std(dim=0, correction=0)
@@ -68,11 +69,11 @@ def probe(
     if features.shape[1] > len(features):
         left, values, basis = torch.linalg.svd(features, full_matrices=False)
         features = left * values
-    strength = penalty * (2 if classes == 2 else 1)
+    twice = 2 if classes == 2 else 1
     inputs = numpy.concatenate([features.numpy(), numpy.ones((len(features), 1))], axis=1)
     truth = numpy.eye(classes)[labels.numpy()]
-    costly = numpy.full((inputs.shape[1], 1), strength)
-    costly[-1] = strength if penalize_bias else 0.0
+    costly = numpy.full((inputs.shape[1], 1), twice * penalty)
+    costly[-1] = twice * bias_penalty
 
     def loss(flat: Any) -> tuple[float, Any]:
         weight = flat.reshape(-1, classes)

@@ -60,7 +60,10 @@ def mdl_probing(
     Unlike the paper's, which are small networks stopped early on other examples, the probes are
     logistic regressions with L2 on weights and bias, on features at mean 0 and deviation 1 of what
     was sent before: a class that was not sent yet stays possible, and no learning rate decides
-    between blocks.  The mean length over `shuffles` orders is taken, the same for all blocks.
+    between blocks.  The penalty is `penalty` times the width, so that before anything is learned
+    a logit is taken to be about as likely as one of variance 1 / penalty, whatever the width; with
+    a fixed one, wide states make probes that are sure of themselves after few examples.  The mean
+    length over `shuffles` orders is taken, the same for all blocks.
 
     Across the model, `best` is the place of the block with the highest compression, from 0, and
     `centre` the mean place weighed by the compression beyond the lowest one; the paper shows the
@@ -70,7 +73,7 @@ def mdl_probing(
         states: What the block answers at the last token of each text.
         labels: The class of each, from 0.
         shuffles: Orders in which examples are sent.
-        penalty: How much the size of a probe's weights costs; 1 is C=1.
+        penalty: How much the size of a probe's weights costs, for each feature.
 
     Returns:
         `compression`, the score, higher is more; `bits`, L; and `accuracy` of the last probe on
@@ -105,10 +108,12 @@ def _sent(
     penalty: float,
 ) -> tuple[float, float]:
     """The length of the message in bits, and how often the last probe was right."""
+    strength = penalty * states.shape[1]
     ends = sorted({int(fraction * len(labels)) for fraction in _FRACTIONS} - {0})
     length, accuracy = ends[0] * math.log2(classes), 0.0
     for start, end in itertools.pairwise(ends):
-        fitted = probe(states[:start], labels[:start], classes, penalty=penalty, penalize_bias=True)
+        known = states[:start], labels[:start]
+        fitted = probe(*known, classes, penalty=strength, bias_penalty=penalty)
         answers = fitted.answers(states[start:end])
         truth = labels[start:end]
         length -= float(answers.gather(1, truth[:, None]).sum()) / math.log(2)

@@ -7,7 +7,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.core.outcome import Comparison, Evaluation, ImageScores, Savings, TaskScore
+from layerwise.core.outcome import (
+    Comparison,
+    Detection,
+    Evaluation,
+    ImageScores,
+    Savings,
+    TaskScore,
+)
 
 _DIGEST = 12
 
@@ -50,6 +57,8 @@ def evaluation(seen: Evaluation) -> Group:
         parts += [_image_table(seen.images), *_image_lines(seen.images)]
     if seen.savings is not None:
         parts += [_savings_table(seen.savings), *_savings_lines(seen.savings)]
+    if seen.detection is not None:
+        parts += [_detection_table(seen.detection), *_detection_lines(seen.detection)]
     return Group(*parts, *(Text(f"note: {note}") for note in seen.notes))
 
 
@@ -111,6 +120,24 @@ def _task_lines(scores: Sequence[TaskScore]) -> list[Text]:
         )
         rest = f"; of independent runs for {', '.join(apart)}" if apart else ""
         lines.append(Text(f"±: standard error; of a difference, item by item{rest}"))
+    return lines
+
+
+def _detection_table(seen: Detection) -> Table:
+    table = _table("text", "class", "tokens", *seen.texts[0].scores)
+    for one in seen.texts:
+        values = [figure(value) for value in one.scores.values()]
+        table.add_row(Text(one.text), Text(one.label or "-"), f"{one.tokens:,}", *values)
+    return table
+
+
+def _detection_lines(seen: Detection) -> list[Text]:
+    lines = [Text(f"{len(seen.texts):,} texts from {seen.source}; a higher score: more a model's")]
+    if seen.short:
+        lines.append(Text(f"{seen.short:,} more are too short to be scored"))
+    if seen.auroc:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in seen.auroc.items())
+        lines.append(Text(f"AUROC, {seen.machine} against the others: {told}"))
     return lines
 
 
