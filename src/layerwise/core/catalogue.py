@@ -50,6 +50,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "clients": "clients",  # (clients, ...), the same tensor as each client returned it
         "counts": "clients",  # (clients,), samples that each client learned from
         "state": "clients",  # tensors by name, what the method kept the round before; first none
+        "grads": "clients",  # (clients, ...), the gradient of such a tensor at each client
+        "place": "clients",  # which of the layers with a mask it is, from the output, of how many
         "proxy": "clients",  # loss on the server's own examples, of such a tensor as `server`
     }
 )
@@ -143,6 +145,7 @@ class Method:
     learns: Callable[..., Learned] | None = None
     settles: Callable[..., Mapping[str, Any]] | None = None
     fine: bool = False
+    begins: Callable[..., Mapping[str, Mapping[str, Any]]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -217,6 +220,7 @@ class Verb(Generic[R]):
         learns: Callable[..., Learned] | None = None,
         settles: Callable[..., Mapping[str, Any]] | None = None,
         fine: bool = False,
+        begins: Callable[..., Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -241,6 +245,9 @@ class Verb(Generic[R]):
                 before weights are read: takes the weight, (out, in), and every option, and returns
                 fields of the layer's plan, of which `why` says the reason.
             fine: An allocator by scores sets each item's density by itself, and is offered many.
+            begins: What gives a federation's state before its first round: takes the weights that
+                may be masked, by name, what tells the loss over all clients with such weights in
+                the model's place, a generator, and those options of the method that it has.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -265,6 +272,7 @@ class Verb(Generic[R]):
                 learns,
                 settles,
                 fine,
+                begins,
             )
             self._check(method)
             _methods[method.id] = method
