@@ -108,6 +108,8 @@ def refuses_nonsense(method: Method) -> None:
 def _join(method: Method, weight: Tensor, **changes: Any) -> Aggregated:
     given = {**cases.evidence(method.evidence, weight), "counts": torch.tensor(COUNTS)}
     given |= {name: value for name, value in changes.items() if name in given}
+    if "grads" in given:  # one for each client, however many are tried
+        given["grads"] = given["clients"].float() - weight.float()
     return method.run(**given, **cases.options(method, weight))
 
 
