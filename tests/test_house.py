@@ -10,7 +10,7 @@ import pytest
 from layerwise.core.catalogue import VERBS
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "layerwise"
-ROOMS = (*VERBS, "evaluate", "export", "flow", "report", "testing", "cli")
+ROOMS = (*VERBS, "ensemble", "evaluate", "export", "flow", "report", "testing", "cli")
 METHODS = [
     file for verb in VERBS for file in sorted((SOURCE / verb).glob("*.py")) if file.name[0] != "_"
 ]

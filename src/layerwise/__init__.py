@@ -3,26 +3,47 @@
     import layerwise as lw
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
-The same commands as on the command line: `open`, `measure`, `plan`, `compress`, `sweep`,
-`evaluate`; and `forecast`, which says what carrying out a plan takes, `load`, for a model of any
-format, and `stack`, for one that grows and shrinks while it is in use.
+The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
+`evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which says what
+carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows and
+shrinks while it is in use, and `sparsify`, for one that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.api import compress, evaluate, forecast, load, measure, open, plan, stack, sweep
+    from layerwise.api import (
+        compress,
+        ensemble,
+        evaluate,
+        federate,
+        forecast,
+        inspect,
+        load,
+        measure,
+        merge,
+        open,
+        plan,
+        sparsify,
+        stack,
+        sweep,
+    )
     from layerwise.core.errors import UserError
 
 __all__ = [
     "UserError",
     "compress",
+    "ensemble",
     "evaluate",
+    "federate",
     "forecast",
+    "inspect",
     "load",
     "measure",
+    "merge",
     "open",
     "plan",
+    "sparsify",
     "stack",
     "sweep",
 ]

@@ -7,34 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.core import cache as caches
 from layerwise.core import catalogue
+from layerwise.core.blend import Curve, Rule, read_blend
 from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.forecast import Forecast
+from layerwise.core.inspection import Inspection
 from layerwise.core.labelled import Labels
-from layerwise.core.outcome import Evaluation, Report, Sweep
+from layerwise.core.merged import Merge
+from layerwise.core.outcome import ByteVote, Evaluation, Report, Sweep
+from layerwise.core.parents import Missing
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
+from layerwise.core.rounds import Federation
+from layerwise.core.skipping import Sparse
 from layerwise.core.structure import Structure, structure
 from layerwise.core.text import Text
+from layerwise.core.written import read_yaml
 from layerwise.evaluate.pictures import Images
 from layerwise.evaluate.tasks import Tasks
 from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
+from layerwise.flow.federating import Clients
+from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
+from layerwise.flow.inspecting import Looking, look
+from layerwise.flow.judging import Loss
 from layerwise.flow.loading import files_within, load_into
+from layerwise.flow.locally import Local
 from layerwise.flow.market import check_level
+from layerwise.flow.mergekit import KEY, translate
+from layerwise.flow.merging import Wanted
+from layerwise.flow.merging import merge as _merge
 from layerwise.flow.planning import make_plan
-from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
+from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
+from layerwise.flow.rewriting import rewritten
+from layerwise.flow.sparsifying import skipping as _skipping
+from layerwise.flow.sparsifying import sparsified
+from layerwise.flow.studies import Study, study_of
 from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
+from layerwise.flow.voting import vote
 from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
@@ -98,7 +118,7 @@ def measure(
     texts = Texts(calibration, samples, length, labels=labels, label_examples=label_examples)
     asked = Wish(**wish)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    source = rewritten(open_source(model), asked.rewriting, texts, options=asked.options, **where)
     found = structure(source)
     wanted = asked.fitted(found)
     comparing = any("approximation" in method.evidence for method in chosen)
@@ -115,6 +135,75 @@ def measure(
         measures=chosen,
         progress=progress or Silent(),
     )
+
+
+def inspect(
+    model: Model,
+    measures: str | Sequence[str] = "all",
+    *,
+    truth: bool = False,
+    against: Model | None = None,
+    calibration: Text | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | None = None,
+    text_samples: int = 16,
+    labels: Labels | None = None,
+    label_examples: int = 1000,
+    levels: Sequence[int] = (),
+    cache: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **wish: Any,
+) -> Inspection:
+    """Score every layer, find out what each brings alone, and compare the rankings.
+
+    Args:
+        model: Path, hub id, `builtin:tiny` or module.
+        measures: Names of measures; "all" for those that the model and the texts allow.
+        truth: Measure the KL that the model's answers move by when one layer alone becomes what
+            the first level (4 bits, unless `wish` prunes) makes of it, for every layer.
+        against: Another model of the same layers, such as the one it was made from, for measures
+            that compare with it.
+        calibration: Text to gather evidence on.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text that the KL is measured on; by default one that calibration did not see.
+        text_samples: Windows of it.
+        labels: Texts of known classes, for measures that read them: a file of lines of text, tab,
+            label, one of JSON lines, a directory of such, or pairs of a text and its class.
+        label_examples: How many of them.
+        levels: Widths to find the error of every layer at.
+        cache: Keep what is made of layers for other runs.
+        cache_bytes: Most that all that is kept may take.
+        device: Where the block at work is put: "cpu", "cuda", or "auto" for the better one here.
+        trust_remote_code: Let the checkpoint bring its own Python.
+        progress: Is told of each block.
+        wish: Fields of `Wish` that say how a level is made: method, group, density, pruner, rank …
+
+    Raises:
+        UserError: What is asked for cannot be had of this model.
+    """
+    asked = Wish(**wish)
+    shown = (calibration, samples, length, text, text_samples, False)
+    texts = Texts(*shown, labels=labels, label_examples=label_examples)
+    where: Any = {"device": device, "trust_remote_code": trust_remote_code}
+    source = rewritten(open_source(model), asked.rewriting, texts, **where)
+    names = [measures] if isinstance(measures, str) else measures
+    with caches.opened(cache_bytes, lasting=cache) as kept:
+        return look(
+            source,
+            structure(source),
+            Looking(names, levels, truth),
+            asked,
+            texts,
+            kept,
+            progress or Silent(),
+            None if against is None else rewritten(open_source(against), asked.rewriting, texts),
+            **where,
+        )
 
 
 def plan(
@@ -157,7 +246,7 @@ def plan(
     wanted = Wish(**wish)
     texts = Texts(calibration, samples, length, text, text_samples)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), wanted.rewriting, texts, **where)
+    source = rewritten(open_source(model), wanted.rewriting, texts, options=wanted.options, **where)
     prepared = prepare(
         source,
         structure(source),
@@ -211,7 +300,7 @@ def forecast(
     """
     texts = Texts(calibration, samples, length, text, text_samples, noise_floor)
     where: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    source = rewritten(open_source(model), plan.rewriting, texts, **where)
+    source = rewritten(open_source(model), plan.rewriting, texts, options=plan.options, **where)
     prepared = prepare(
         source,
         structure(source),
@@ -385,6 +474,161 @@ def sweep(
     return found
 
 
+def merge(
+    models: Sequence[Model] = (),
+    out: str | Path = "",
+    *,
+    base: Model | None = None,
+    method: str = "",
+    weights: Sequence[Curve] | None = None,
+    options: Mapping[str, Any] | None = None,
+    plan: str | Path | None = None,
+    dtype: str = "",
+    missing: Missing = "refuse",
+    align: bool = False,
+    calibration: Text | Sequence[Text] | None = None,
+    samples: int = 64,
+    length: int = 256,
+    text: Text | Sequence[Text] | None = None,
+    text_samples: int = 32,
+    fit: Text | None = None,
+    fit_evaluations: int = 200,
+    loss: Loss | None = None,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Merge:
+    """Merge models into one, and write it as a directory.
+
+    The order of the models changes nothing, and equal models with equal settings give equal bytes.
+
+    Args:
+        models: Paths, hub ids or modules; by default those of the plan.
+        out: Directory to make; must not exist.
+        base: The model that the others were tuned from; by default that of the plan.
+        method: What merges them; by default the plan's, or linear.
+        weights: How much each model counts: a number, or a list of numbers over depth.
+        options: Options of the method: values, lists with one for each model, or `{"curve": [...]}`
+            with values over depth.
+        plan: A file with weights and options for patterns of tensors.
+        dtype: What floats are stored in: float32, float16 or bfloat16; by default as the models.
+        missing: A tensor that some of the models lack is refused; or kept, made of those that have
+            it; or taken from the base for those that lack it.
+        align: Match rows of embeddings and heads by what their tokens are.
+        calibration: Text that each model's evidence is gathered on, one for all or a list with one
+            for each.
+        samples: Windows of it.
+        length: Tokens per window.
+        text: Text, or a list of texts, that every model and the result are compared on.
+        text_samples: Windows of each.
+        fit: Text that weights for each group of layers are found on, half of it kept aside.
+        fit_evaluations: Most models that are tried for that.
+        loss: What a module loses, for modules in memory: instead of texts.
+        restart: Throw away a stopped run with other options.
+        trust_remote_code: Let checkpoints bring their own Python.
+        progress: Is told of the stages.
+        recipe: What to write beside the output as recipe.yaml.
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    if len(models) == 1 and isinstance(models[0], str | Path):
+        file = Path(models[0])
+        if file.suffix in (".yml", ".yaml"):
+            if KEY in (read_yaml(file, "recipe", "Write one, or give models.") or {}):
+                return _by_recipe(
+                    file,
+                    out,
+                    Wanted(
+                        missing=missing,
+                        texts=_texts(text),
+                        text_samples=text_samples,
+                        length=length,
+                    ),
+                    {"base": base, "method": method, "weights": weights, "options": options},
+                    progress=progress,
+                    restart=restart,
+                    trust_remote_code=trust_remote_code,
+                    recipe=recipe,
+                )
+            plan, models = file, ()
+    said = None if plan is None else read_blend(Path(plan))
+    rules = dict(said.rules) if said else {}
+    if weights is not None or options:
+        general = rules.get("*", Rule())
+        given = dict(general.options) | dict(options or {})
+        rules["*"] = Rule(general.weights if weights is None else weights, given)
+    chosen = list(models) or list(said.models if said else ())
+    if not chosen or not str(out):
+        raise UserError("a merge takes models and a directory to make.", "Give both.")
+    wanted = Wanted(
+        method or (said.method if said else "") or "linear",
+        rules,
+        dtype=dtype or (said.dtype if said else ""),
+        missing=missing,
+        align=align,
+        calibration=_texts(calibration),
+        samples=samples,
+        length=length,
+        texts=_texts(text),
+        text_samples=text_samples,
+        fit=fit,
+        fit_evaluations=fit_evaluations,
+        loss=loss,
+    )
+    return _merge(
+        chosen,
+        out,
+        wanted,
+        progress or Silent(),
+        base=base if base is not None else (said.base if said else "") or None,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        recipe=recipe,
+    )
+
+
+def _by_recipe(
+    file: Path,
+    out: str | Path,
+    wanted: Wanted,
+    beside: Mapping[str, Any],
+    *,
+    progress: Progress | None,
+    restart: bool,
+    trust_remote_code: bool,
+    recipe: Mapping[str, Any] | None,
+) -> Merge:
+    """Carry out a recipe of mergekit's.
+
+    Raises:
+        UserError: What the recipe says is said beside it, too.
+    """
+    if typed := [name for name, value in beside.items() if value]:
+        raise UserError(f"{file} says what to do, and {typed[0]} says it too.", "Leave one out.")
+    found = translate(file, wanted)
+    return _merge(
+        found.models,
+        out,
+        found.wanted,
+        progress or Silent(),
+        base=found.base,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        recipe=recipe,
+    )
+
+
+def _texts(given: Text | Sequence[Text] | None) -> list[Text]:
+    """One text, or several; a list of strings is a list of texts here."""
+    if given is None:
+        return []
+    if isinstance(given, str | Path | torch.Tensor):
+        return [given]
+    return list(given)
+
+
 def load(
     model: str | Path,
     *,
@@ -444,6 +688,42 @@ def stack(
     return Stack(load_or_say(source, dtype, trust_remote_code, files.least), files)
 
 
+def sparsify(
+    model: nn.Module,
+    method: str,
+    *,
+    density: float | Mapping[str, float],
+    calibration: Tensor | None = None,
+    **how: Any,
+) -> Sparse:
+    """Have a loaded model leave work out while it runs.
+
+        with lw.sparsify(model, "wina", density=0.5):
+            model.generate(ids)
+
+        thinned = lw.sparsify(model, "think", density=0.6)
+        model.generate(ids, past_key_values=thinned.cache())
+
+    Args:
+        model: A model that transformers loaded, or a module with blocks of linear layers.  It is
+            the same object, with hooks on it.
+        method: A sparsifier: wina and teal skip inputs of linear layers, think thins the keys of
+            a cache, shortv freezes tokens in blocks, zero_tprune drops tokens of pictures.
+        density: Fraction of the work to keep; of inputs also for each layer by name.
+        calibration: Token ids, (windows, length), on which shortv finds what blocks contribute.
+        how: More fields of `Skipping`: first, orthogonal, after, prompt, recent, or `options` of
+            the method.
+
+    Returns:
+        What takes the hooks off again, by `remove` or at the end of `with`; its `tally` counts
+        what was chosen, and inside `tally.counting()` what was computed.
+
+    Raises:
+        UserError: The model or the method is none of these, or they do not fit.
+    """
+    return sparsified(model, _skipping(method, density, how), calibration)
+
+
 def evaluate(
     model: Model,
     *,
@@ -461,6 +741,9 @@ def evaluate(
     images: Images | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    sparsify: str = "",
+    density: float = 0.5,
+    skipping: Mapping[str, Any] | None = None,
     detect: Labels | Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
@@ -487,6 +770,10 @@ def evaluate(
         mean: Mean of each channel, of values from 0 to 1; by default what the checkpoint says, and
             for a module no normalisation.
         std: Standard deviation of each channel.
+        sparsify: A sparsifier: the model leaves work out, and is compared with itself as it is.
+        density: Fraction of that work to keep.
+        skipping: More fields of `Skipping`: first, orthogonal, after, prompt, recent, calibration,
+            or `options` of the method.
         detect: Texts to be scored for whether a model wrote them, each as far as `length` tokens:
             texts, or a file of them; with their classes, the scores are judged too.
         trust_remote_code: Let the checkpoint bring its own Python.
@@ -505,7 +792,117 @@ def evaluate(
         cache,
         trust_remote_code,
     )
-    asked = Asked(
-        text, samples, length, noise_floor, wanted if put else None, images, mean, std, detect
-    )
+    if skipping and not sparsify:
+        raise UserError(
+            f"{next(iter(skipping))} says how work is left out, and no sparsifier is named.",
+            "Name one, such as wina.",
+        )
+    left = _skipping(sparsify, density, skipping or {}) if sparsify else None
+    put_tasks = wanted if put else None
+    asked = Asked(text, samples, length, noise_floor, put_tasks, images, mean, std, left, detect)
     return assess(model, against, asked, trust_remote_code=trust_remote_code)
+
+
+def federate(
+    study: str | Study = "digits",
+    out: str | Path | None = None,
+    *,
+    method: str = "fedavg",
+    options: Mapping[str, Any] | None = None,
+    clients: int = 10,
+    alpha: float = 0.5,
+    fraction: float = 1.0,
+    rounds: int = 15,
+    network: str = "mlp",
+    proxy: int = 100,
+    faults: Mapping[int, str] | None = None,
+    seed: int = 0,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **local: Any,
+) -> Federation:
+    """Train a model at several clients that keep their samples, round by round, in one process.
+
+    A client that sends NaN, wrong shapes or nothing is left out of the round and reported; the
+    round goes on.  With `out`, a run that was stopped goes on after its last whole round and ends
+    with the same bytes.
+
+    Args:
+        study: Images and labels: `digits`, `mnist`, `cifar10` or a `Study` of your own.
+        out: Directory to make of the model; must not exist.
+        method: How the server joins what clients return.
+        options: Of that method.
+        clients: How many share the samples.
+        alpha: Of the Dirichlet distribution that shares each class out: 0.1 is skewed badly.
+        fraction: Share of the clients that each round asks, at least two of them.
+        rounds: How many there are.
+        network: `mlp`, or `cnn` with batch norms.
+        proxy: Samples that the server holds back, each class alike.
+        faults: Clients that fail every round, by number: nan, shape, nothing or noise.
+        seed: Of everything that is drawn.
+        restart: Throw away a stopped run with other options.
+        progress: Is told of each round.
+        local: Fields of `Local`: epochs, batch, rate, momentum, proximal, learning …
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    setting = Clients(
+        clients, alpha, fraction, rounds, network, Local(**local), proxy, faults, seed
+    )
+    return _federate(
+        study_of(study, seed) if isinstance(study, str) else study,
+        catalogue.get(f"federate/{method}"),
+        options or {},
+        setting,
+        progress or Silent(),
+        out=None if out is None else Path(os.path.abspath(Path(out).expanduser())),
+        restart=restart,
+    )
+
+
+def ensemble(
+    models: Sequence[str | Path],
+    *,
+    text: str | Path | Sequence[str] | None = None,
+    samples: int = 8,
+    length: int = 256,
+    weights: Sequence[float] | None = None,
+    prompt: str = "",
+    count: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ByteVote:
+    """Let language models vote byte by byte, whatever their tokenizers.
+
+    Args:
+        models: Paths, hub ids or `builtin:tiny`.
+        text: What is read; None and no prompt for the built-in text.
+        samples: Windows of it, each read by itself.
+        length: Bytes of each.
+        weights: What each model counts; alike if None.
+        prompt: What is continued, and may end inside a token.
+        count: Bytes that continue it.
+        temperature: Of the bytes' probabilities; 0 takes the likeliest.
+        seed: Of what is drawn.
+        trust_remote_code: Let checkpoints bring their own Python.
+        progress: Is told of each window.
+
+    Raises:
+        UserError: A model cannot be read, or cannot write the text.
+    """
+    return vote(
+        models,
+        text="builtin" if text is None and not prompt else text,
+        samples=samples,
+        length=length,
+        weights=weights,
+        prompt=prompt,
+        count=count,
+        temperature=temperature,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=progress or Silent(),
+    )

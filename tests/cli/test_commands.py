@@ -79,6 +79,34 @@ def test_inspect_shows_the_error_at_each_width(layerwise, llama, text):
         assert after["lim"] == before["lim"]
 
 
+def test_inspect_compares_measures_with_what_each_layer_brings(layerwise, llama, text, tmp_path):
+    picture = tmp_path / "new" / "layers.svg"
+    wish = ("--density", 0.5, "--pruner", "wanda", "--calibration", text, "--text-samples", 2)
+    command = ("inspect", llama, "--measure", "all", "--truth", *wish, *WINDOWS, "-o", picture)
+    said = layerwise(*command, "--json")
+    assert said.status == 0
+    assert all(layer["truth"] > 0 and "lim" in layer for layer in said.document["layers"])
+    assert said.document["truth"]["done"] == "density 0.5 by wanda"
+    assert said.document["agreement"]["lim"]["truth"] is not None
+    assert said.document["left_out"]["filters"]
+    assert any(line.startswith("matters most: model.") for line in said.document["answers"])
+    assert "foretells the truth best" in said.err
+    assert "…" not in said.err
+    assert picture.read_text().startswith("<svg xmlns")
+    assert contents(tmp_path).keys() == {"new/layers.svg"}
+    again = layerwise(*command)
+    assert again.status == 2
+    assert "exists already" in again.err
+
+
+def test_inspect_takes_the_options_of_measures(layerwise, llama):
+    command = ("inspect", llama, "--measure", "effective_rank", "--json")
+    plain = layerwise(*command).document["layers"]
+    counted = layerwise(*command, "--effective_rank-order", 0.0).document["layers"]
+    for before, after in zip(plain, counted, strict=True):
+        assert after["effective_rank"] > before["effective_rank"]
+
+
 def test_plan(layerwise, llama, tmp_path):
     file = tmp_path / "new" / "plan.yaml"
     command = ("plan", llama, "-o", file, "--budget", "4bits", "--group", 16)

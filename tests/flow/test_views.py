@@ -51,12 +51,14 @@ def test_refuses_a_model_that_foretells_nothing(tmp_path):
 
 def test_a_layer_that_was_not_scored_is_shown_without(llama):
     from layerwise import report
+    from layerwise.core.inspection import Inspection
 
     opened = lw.open(llama)
     name = next(iter(opened.structure.layers))
-    shown = report.structure_json(opened.source, opened.structure, {"one": {name: 1.0}}, {})
+    found = Inspection("m", {"one": {name: 1.0}})
+    shown = report.structure_json(opened.source, opened.structure, found)
     assert [layer["one"] for layer in shown["layers"]][:2] == [1.0, None]
-    assert report.structure_table(opened.source, opened.structure, {"one": {name: 1.0}}, {})
+    assert report.structure_table(opened.source, opened.structure, found)
 
 
 def test_windows_lie_as_the_words_say(llama, text):

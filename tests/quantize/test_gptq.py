@@ -47,12 +47,12 @@ def test_matches_algorithm_1(bits, group):
     torch.testing.assert_close(ours.double(), by_definition(weight, gram, bits, group))
 
 
-@pytest.mark.parametrize("block", [1, 8, 64])
+@pytest.mark.parametrize("few", [1, 8, 64])
 @pytest.mark.parametrize("group", [16, 24, 96])
-def test_the_size_of_a_block_changes_nothing(block, group, monkeypatch):
+def test_how_columns_are_halved_changes_nothing(few, group, monkeypatch):
     weight, gram = problem()
     whole = gptq(weight, gram, bits=3, group=group).dequantize()
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(module, "_FEW", few)
     torch.testing.assert_close(gptq(weight, gram, bits=3, group=group).dequantize(), whole)
 
 

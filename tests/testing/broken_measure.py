@@ -20,6 +20,10 @@ def counts_wrong_weights(weight, approximation):
     return float((weight != approximation).float().mean())
 
 
+def counts_what_stayed(weight, base):
+    return float((weight == base).float().mean())
+
+
 def reads_the_last_token(inputs, outputs):
     return float((inputs[-1] - outputs[-1]).square().sum())
 
@@ -52,6 +56,7 @@ BROKEN = {
     "answers_one_finite_number": broken("measure", divides_by_nothing),
     "a_perfect_approximation_has_no_error": broken("measure", has_an_offset),
     "a_worse_approximation_scores_higher": broken("measure", counts_wrong_weights),
+    "nothing_scores_less_than_what_did_not_move": broken("measure", counts_what_stayed),
     "says_finite_numbers_of_the_model": dataclasses.replace(
         broken("measure", reads_the_first_layer, unit="block"), across=adds_up_to_nothing
     ),

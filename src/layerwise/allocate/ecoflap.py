@@ -14,6 +14,7 @@ from layerwise.core.verbs import allocator
 
 _SOURCE = "README: BLIP at 50%, Wanda, CIDEr on COCO 111.0 against 97.1 (dense 133.3)"
 _BY = {"pruner": "wanda", "measure": "ecoflap"}
+_DRAWN = {"pruner": "wanda", "measure": "ecoflap_draws"}
 
 
 @allocator(
@@ -25,6 +26,7 @@ _BY = {"pruner": "wanda", "measure": "ecoflap"}
     claims=(
         Claim("uniform", "stories-char-940k/allocate", {"density": 0.5, **_BY}, 0.05, _SOURCE),
         Claim("uniform", "reference-6m/allocate", {"density": 0.4, **_BY}, 0.05, _SOURCE),
+        Claim("uniform", "stories-char-940k/allocate", {"density": 0.5, **_DRAWN}, 0.05, _SOURCE),
     ),
     fine=True,
 )

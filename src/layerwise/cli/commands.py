@@ -10,74 +10,62 @@ from typing import Any, get_type_hints
 
 import layerwise as lw
 from layerwise import api, report
-from layerwise.cli.parser import WISHES, named_methods, option_flags
+from layerwise.cli.parser import LOCAL, WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
+from layerwise.core.inspection import Inspection
+from layerwise.core.merged import Merge
 from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
 from layerwise.core.written import bytes_of, check_types, read_yaml
 from layerwise.flow import reporting
 from layerwise.flow.wish import Wish
 
-# The measure that is also found at several widths at once.
-ERROR = "error"
+# What the flags of `inspect` say of a level, beside its width and grid.
+_LEVEL = ("method", "density", "pruner", "rank", "compensator")
 
 
 def inspect(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise inspect`."""
+    picture = None if chosen.output is None else _new_file(chosen.output)
     opened = lw.open(chosen.model)
     measures = [name for name in chosen.measure.split(",") if name]
-    widths = _widths("--bits", chosen.bits)
-    scores: dict[str, Mapping[str, float]] = {}
-    about: Mapping[str, Mapping[str, float]] = {}
-    if measures:
+    found = Inspection(opened.source.label, {})
+    if measures or chosen.truth:
         with Bars() as bars:
-            looked = lw.measure(
+            found = lw.inspect(
                 chosen.model,
                 measures,
+                truth=chosen.truth,
+                against=chosen.against,
                 **_calibration(chosen),
-                **_machine(chosen),
+                text=chosen.text,
+                text_samples=chosen.text_samples,
                 labels=chosen.labels,
                 label_examples=chosen.label_examples,
-                levels=widths if _compares(measures) else (),
+                levels=_widths("--bits", chosen.bits) if chosen.bits else (),
+                **_cache(chosen),
+                **_machine(chosen),
                 progress=bars,
-                method=chosen.method,
-                options=_options(chosen, given),
                 **_grid(chosen),
+                **{name: getattr(chosen, name) for name in _LEVEL},
+                options=_own_options(chosen, given),
             )
-        scores |= looked.columns
-        about = looked.about
-        if ERROR in measures and len(widths) > 1:
-            del scores[ERROR]
-            for place, bits in enumerate(widths):
-                scores[f"{ERROR}_{bits}"] = {n: curve[place] for n, curve in looked.errors.items()}
-    console().print(report.structure_table(opened.source, opened.structure, scores, about))
+    console().print(report.structure_table(opened.source, opened.structure, found))
+    if found.columns:
+        console().print(report.agreement_table(found))
+    if picture is not None:
+        _write_new(picture, report.inspection_svg(found))
+        console().print(f"in pictures: {picture}", markup=False, soft_wrap=True)
     if chosen.json:
-        _print_json(report.structure_json(opened.source, opened.structure, scores, about))
+        _print_json(report.structure_json(opened.source, opened.structure, found))
     return 0
-
-
-def _compares(measures: Sequence[str]) -> bool:
-    """Whether a measure looks at what a width makes of a layer."""
-    return any("approximation" in catalogue.get(f"measure/{m}").evidence for m in measures)
 
 
 def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise plan`."""
-    file = Path(chosen.output)
-    if file.exists():
-        raise UserError(
-            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
-        )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        file.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
-        ) from error
+    file = _new_file(chosen.output)
     opened = lw.open(chosen.model)
     with Bars() as bars:
         made = lw.plan(
@@ -91,9 +79,7 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
             **_cache(chosen),
             progress=bars,
         )
-    staged = file.with_name(file.name + ".partial")
-    staged.write_text(to_yaml(made, chosen.model, opened.structure))
-    staged.rename(file)
+    _write_new(file, to_yaml(made, chosen.model, opened.structure))
     foreseen = lw.forecast(
         chosen.model,
         made,
@@ -117,14 +103,41 @@ def plan(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def _new_file(name: str) -> Path:
+    """A file that is not there and can be made."""
+    file = Path(name)
+    if file.exists():
+        raise UserError(
+            f"{file} exists already, and nothing is ever overwritten.", "Choose another -o."
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}.", "Choose another -o."
+        ) from error
+    return file
+
+
+def _write_new(file: Path, content: str) -> None:
+    """Write a file that is there only once it is whole."""
+    staged = file.with_name(file.name + ".partial")
+    staged.write_text(content, encoding="utf-8")
+    staged.rename(file)
+
+
 def compress(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise compress`."""
     sized = chosen.budget or chosen.max_kl is not None
     wanted = chosen.plan or sized or chosen.bits is not None
-    if not wanted and chosen.density == 1 and not chosen.rank:
+    removed = chosen.density != 1 or chosen.pattern or chosen.narrow or chosen.drop_blocks
+    if not wanted and not removed and not chosen.rank:
         raise UserError(
             "nothing was asked for.",
-            "Give --plan FILE, --budget 3.5bits, --bits 4, --density 0.5 or --rank 16.",
+            "Give --plan FILE, --budget 3.5bits, --bits 4, --density 0.5, --pattern 2:4, "
+            "--narrow flap --keep 0.8, --drop-blocks 1 or --rank 16.",
         )
     if chosen.plan:
         _refuse_wishes(given)
@@ -162,9 +175,15 @@ def _compressed(arguments: Mapping[str, Any], *, restart: bool = False) -> Repor
 
 def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as a recipe has them: paths are absolute, and what was not asked for is not in."""
-    paths = ("model", "out", "plan", "calibration", "text")
+    paths = ("model", "models", "base", "out", "plan", "calibration", "text", "fit")
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(one) for one in value]
+        return os.path.abspath(value) if os.path.exists(value) else value
+
     recipe = {
-        name: os.path.abspath(value) if name in paths and os.path.exists(value) else value
+        name: absolute(value) if name in paths else value
         for name, value in arguments.items()
         if value is not None and value not in ("", {}, [])
     }
@@ -205,6 +224,56 @@ def _swept(arguments: Mapping[str, Any]) -> Sweep:
     return found
 
 
+def merge(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise merge`."""
+    arguments: dict[str, Any] = {
+        "models": chosen.models,
+        "out": chosen.output,
+        "base": chosen.base,
+        "method": chosen.method,
+        "weights": _curves(chosen.weights),
+        "options": next(iter(_own_options(chosen, given).values()), {}),
+        "plan": chosen.plan,
+        "dtype": chosen.dtype,
+        "missing": chosen.missing,
+        "align": chosen.align,
+        "calibration": chosen.calibration,
+        "samples": chosen.samples,
+        "length": chosen.length,
+        "text": chosen.text,
+        "text_samples": chosen.text_samples,
+        "fit": chosen.fit,
+        "fit_evaluations": chosen.fit_evaluations,
+        "trust_remote_code": chosen.trust_remote_code,
+    }
+    done = _merged(arguments, restart=chosen.restart)
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def _merged(arguments: Mapping[str, Any], *, restart: bool = False) -> Merge:
+    """Merge, and show what came of it."""
+    recipe = {"merge": _recorded(arguments)}
+    with Bars() as bars:
+        done = lw.merge(**arguments, restart=restart, progress=bars, recipe=recipe)
+    console().print(report.merge_table(done))
+    return done
+
+
+def _curves(text: str) -> list[float | list[float]] | None:
+    """`0.7,0.3`, or `0/0.5/1,1/0` with values over depth."""
+    if not text:
+        return None
+    try:
+        curves = [[float(one) for one in part.split("/")] for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {text} is not a list of numbers.", "Write 0.7,0.3, or 0/1,1/0 over depth."
+        ) from None
+    return [curve if len(curve) > 1 else curve[0] for curve in curves]
+
+
 def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     """`layerwise evaluate`."""
     seen = lw.evaluate(
@@ -223,6 +292,9 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         images=chosen.images,
         mean=_numbers("--mean", chosen.mean),
         std=_numbers("--std", chosen.std),
+        sparsify=chosen.sparsify,
+        density=chosen.density,
+        skipping=_skipping(chosen, given),
         detect=chosen.detect,
         trust_remote_code=chosen.trust_remote_code,
     )
@@ -230,6 +302,82 @@ def evaluate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     if chosen.json:
         _print_json(seen.as_json())
     return 0
+
+
+def _skipping(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """What is said of the work that is left out, beside how much of it."""
+    after = _numbers("--after", chosen.after)
+    said: dict[str, Any] = {
+        "first": chosen.first,
+        "orthogonal": chosen.orthogonal,
+        "allocate": chosen.allocate,
+        "after": None if after is None else [int(number) for number in after],
+        "prompt": chosen.prompt,
+        "recent": chosen.recent,
+        "calibration": chosen.calibration,
+        "options": _own_options(chosen, given).get(f"sparsify/{chosen.sparsify}"),
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def ensemble(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise ensemble`."""
+    with Bars() as bars:
+        seen = lw.ensemble(
+            chosen.models,
+            text=chosen.text,
+            samples=chosen.samples,
+            length=chosen.length,
+            weights=_numbers("--weights", chosen.weights),
+            prompt=chosen.prompt,
+            count=chosen.count,
+            temperature=chosen.temperature,
+            seed=chosen.seed,
+            trust_remote_code=chosen.trust_remote_code,
+            progress=bars,
+        )
+    console().print(report.byte_vote(seen))
+    if chosen.json:
+        _print_json(seen.as_json())
+    return 0
+
+
+def federate(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise federate`."""
+    options = _own_options(chosen, given)
+    with Bars() as bars:
+        done = lw.federate(
+            chosen.study,
+            chosen.output,
+            method=chosen.method,
+            options=options.get(f"federate/{chosen.method}"),
+            clients=chosen.clients,
+            alpha=chosen.alpha,
+            fraction=chosen.fraction,
+            rounds=chosen.rounds,
+            network=chosen.network,
+            proxy=chosen.proxy,
+            faults=_faults(chosen.fault),
+            seed=chosen.seed,
+            restart=chosen.restart,
+            progress=bars,
+            **{name: getattr(chosen, name) for name, _, _ in LOCAL},
+        )
+    console().print(report.federation_table(done))
+    if chosen.json:
+        _print_json(done.as_json())
+    return 0
+
+
+def _faults(given: Sequence[str]) -> dict[int, str]:
+    """`0=noise` and the like, by client."""
+    try:
+        pairs = [text.split("=", 1) for text in given]
+        return {int(client): fault for client, fault in pairs}
+    except ValueError:
+        raise UserError(
+            f"--fault {' '.join(given)} is not understood.", "Write --fault 0=noise."
+        ) from None
 
 
 def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
@@ -243,6 +391,9 @@ def run(chosen: argparse.Namespace, given: Sequence[str]) -> int:
         elif command == "sweep":
             out = {"out": chosen.output} if chosen.output else {}
             answers.append(_swept(arguments | out).as_json())
+        elif command == "merge":
+            out = {"out": chosen.output} if chosen.output else {}
+            answers.append(_merged(arguments | out).as_json())
         else:
             model = {"model": chosen.output} if chosen.output else {}
             seen = lw.evaluate(**arguments | model)
@@ -325,13 +476,14 @@ def _wish(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
         "max_kl": chosen.max_kl,
         "method": chosen.method,
         **_shared(chosen),
+        "recover": chosen.recover,
         "tune": tuple(part for part in chosen.tune.split(",") if part),
-        "options": _options(chosen, given),
+        "options": _own_options(chosen, given),
     }
 
 
-def _options(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options of the methods that were named, by id."""
+def _own_options(chosen: argparse.Namespace, given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options that methods were given by flags of their own, by method."""
     options: dict[str, dict[str, Any]] = {}
     for id in named_methods(given):
         prefix = id.rpartition("/")[2]
@@ -349,6 +501,12 @@ def _shared(chosen: argparse.Namespace) -> dict[str, Any]:
         **_grid(chosen),
         "density": chosen.density,
         "pruner": chosen.pruner,
+        "pattern": chosen.pattern,
+        "narrow": chosen.narrow,
+        "keep": chosen.keep,
+        "widths": chosen.widths,
+        "drop_blocks": chosen.drop_blocks,
+        "drop_by": chosen.drop_by,
         "rank": chosen.rank,
         "compensator": chosen.compensator,
         "activation": chosen.activation,
@@ -439,8 +597,13 @@ def _machine(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"device": chosen.device, "trust_remote_code": chosen.trust_remote_code}
 
 
-_STEPS = {"compress": api.compress, "sweep": api.sweep, "evaluate": api.evaluate}
-_STEPS_ARE = "Steps are `compress:`, `sweep:` and `evaluate:`, each with its arguments."
+_STEPS = {
+    "compress": api.compress,
+    "sweep": api.sweep,
+    "merge": api.merge,
+    "evaluate": api.evaluate,
+}
+_STEPS_ARE = "Steps are `compress:`, `sweep:`, `merge:` and `evaluate:`, each with its arguments."
 
 
 def _recipe(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -468,7 +631,8 @@ def _check_arguments(file: Path, command: str, arguments: Mapping[str, Any]) -> 
             f"It has {', '.join(sorted(known))}.",
         )
     check_types(f"{file}: {command}", arguments, known)
-    for needed in ("model",) if command == "evaluate" else ("model", "out"):
+    needs = {"evaluate": ("model",), "merge": ("out",)}
+    for needed in needs.get(command, ("model", "out")):
         if needed not in arguments:
             raise UserError(f"{file}: {command} lacks `{needed}`.", f"Add a line `{needed}: …`.")
 

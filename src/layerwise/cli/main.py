@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from layerwise.cli.parser import build
 from layerwise.core.errors import UserError
 
+# Commands that go on where they stopped.
+_RESUMED = ("compress", "federate", "merge", "run")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -25,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         resumed = "Repeat the command to go on where it stopped."
-        remedy = resumed if given[:1] in (["compress"], ["run"]) else "Nothing was written."
+        remedy = resumed if given and given[0] in _RESUMED else "Nothing was written."
         return _failed("stopped.", remedy, as_json, 2)
     except BrokenPipeError:
         return 0

@@ -9,6 +9,7 @@ from typing import Any
 from layerwise.core.errors import UserError
 
 MODEL_HELP = "model directory, one .safetensors file, hub id, or builtin:tiny"
+NEEDS = ("nothing", "running", "calibration", "labels", "gradients", "models", "clients")
 TEXT_HELP = "text file, JSON list of strings, hub data set, or builtin"
 
 
@@ -38,7 +39,8 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        *(_inspect, _plan, _compress, _sweep, _evaluate, _run, _report),
+        *(_inspect, _plan, _compress, _sweep, _merge, _evaluate, _ensemble),
+        *(_federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
         add(commands, arguments)
@@ -65,25 +67,55 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
         "inspect",
-        "show a model's layers, what is left alone, and measures",
+        "show a model's layers, what is left alone, measures, and what each layer brings alone",
         "layerwise inspect builtin:tiny",
         "layerwise inspect MODEL --measure lim,zd,error --bits 2,3,4,8 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --bits 3 --group 32 --calibration text.txt",
+        "layerwise inspect MODEL --measure all --truth --density 0.5 --pruner wanda \\",
+        "    --calibration text.txt -o layers.svg",
+        "layerwise inspect TUNED --measure rotation,alignment --against BASE --calibration t.txt",
         "layerwise inspect MODEL --measure concept_depth --labels reviews.tsv",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    made.add_argument("--measure", default="", metavar="NAMES", help="measures, comma separated")
     made.add_argument(
-        "--bits", default="4", metavar="WIDTHS", help="widths at which errors are measured (4)"
+        "--measure",
+        default="",
+        metavar="NAMES",
+        help="measures, comma separated; all: those that the model and the texts allow",
     )
-    _grid(made)
-    _method(made)
+    made.add_argument(
+        "--truth",
+        action="store_true",
+        help="measure the KL that each layer brings when it alone becomes what the first width, "
+        "--density and --rank make of it",
+    )
+    made.add_argument(
+        "--against",
+        metavar="BASE",
+        help="another model of the same layers, such as the one it was made from",
+    )
+    made.add_argument(
+        "-o", "--output", metavar="FILE", help="picture to write (SVG): layers, and how all agree"
+    )
+    level = made.add_argument_group("what is tried on each layer")
+    level.add_argument(
+        "--bits", default="", metavar="WIDTHS", help="widths (4, unless weights are to go)"
+    )
+    _grid(level)
+    _method(level)
+    _sparsity(level)
+    _rank(level)
+    _own_flags(made, arguments)
     _calibration(made)
     probed = made.add_argument_group("labelled texts, for probes")
     probed.add_argument(
         "--labels", metavar="FILE", help="lines of text, tab, label; JSON lines; or a directory"
     )
     probed.add_argument("--label-examples", type=int, default=1000, help="texts of it (1000)")
-    _own(made, arguments)
+    text = made.add_argument_group("text for --truth")
+    text.add_argument("--text", metavar="TEXT", help=f"text to compare on: {TEXT_HELP}")
+    text.add_argument("--text-samples", type=int, default=16, help="windows of it (16)")
+    _cache(made)
     _machine(made)
 
 
@@ -113,6 +145,8 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise compress builtin:tiny -o small --bits 4 --group 32 --symmetric",
         "layerwise compress MODEL -o OUT --budget 3.5bits --method gptq --calibration text.txt \\",
         "    --group 32 --symmetric --format compressed-tensors",
+        "layerwise compress MODEL -o OUT --pruner sparsegpt --pattern 2:4 --calibration text.txt",
+        "layerwise compress MODEL -o OUT --narrow flap --keep 0.8 --calibration text.txt",
         "layerwise compress MODEL -o OUT --plan plan.yaml --calibration text.txt",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -173,6 +207,77 @@ def _sweep(commands: Any, arguments: Sequence[str]) -> None:
     _memory(made)
 
 
+def _merge(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "merge",
+        "make several models into one, and say how good each is",
+        "layerwise merge A B -o OUT --weights 0.7,0.3",
+        "layerwise merge A B --base Z --method ties --ties-density 0.2 -o OUT --text heldout.txt",
+        "layerwise merge A B --base Z --method task_arithmetic --fit text.txt -o OUT",
+        "layerwise merge recipe.yml -o OUT      # a recipe of mergekit's, or merge.yaml",
+    )
+    made.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"{MODEL_HELP}; or one recipe (.yml, .yaml)"
+    )
+    made.add_argument("-o", "--output", required=True, metavar="OUT", help="directory to make")
+    made.add_argument("--base", metavar="MODEL", help="what the models were tuned from")
+    made.add_argument("--method", default="", metavar="NAME", help="what merges them (linear)")
+    made.add_argument(
+        "--weights",
+        default="",
+        metavar="NUMBERS",
+        help="how much each model counts, comma separated; 0/0.5/1 runs over the depth (1 each)",
+    )
+    made.add_argument("--plan", metavar="FILE", help="weights and options by pattern of tensors")
+    made.add_argument(
+        "--dtype",
+        default="",
+        metavar="NAME",
+        help="store floats as float32, float16 or bfloat16 (as the models do)",
+    )
+    made.add_argument(
+        "--missing",
+        choices=("refuse", "keep", "base"),
+        default="refuse",
+        help="a tensor that some models lack: refuse it, make it of those that have it, or take "
+        "the base's for the others (refuse)",
+    )
+    made.add_argument(
+        "--align",
+        action="store_true",
+        help="match rows of embeddings by token, where models have different tokenizers",
+    )
+    for title, flags in _method_flags(arguments):
+        section = made.add_argument_group(title)
+        for flag, how in flags:
+            section.add_argument(flag, **how)
+    text = made.add_argument_group("texts")
+    text.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT",
+        help=f"{TEXT_HELP}: what evidence is gathered on; once, or once for each model",
+    )
+    text.add_argument("--samples", type=int, default=64, help="windows of each (64)")
+    text.add_argument("--length", type=int, default=256, help="tokens per window (256)")
+    text.add_argument(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help="compare every model and the result on it; may be given again",
+    )
+    text.add_argument("--text-samples", type=int, default=32, help="windows of each (32)")
+    text.add_argument(
+        "--fit", metavar="TEXT", help="find weights for each group of layers on half of it"
+    )
+    text.add_argument(
+        "--fit-evaluations", type=int, default=200, help="most models tried for that (200)"
+    )
+    made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    made.add_argument("--trust-remote-code", action="store_true", help="run the models' own code")
+
+
 def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     made = _command(
         commands,
@@ -182,6 +287,8 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise evaluate MODEL --text heldout.txt --samples 128 --length 256",
         "layerwise evaluate MODEL --tasks arc_easy,hellaswag --limit 100 --against BASE",
         "layerwise evaluate CLASSIFIER --images test.npz --against BASE",
+        "layerwise evaluate MODEL --text heldout.txt --sparsify wina --density 0.65",
+        "layerwise evaluate MODEL --sparsify think --density 0.6 --prompt 0.75",
         "layerwise evaluate MODEL --detect essays.jsonl --length 256",
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -210,11 +317,130 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     )
     images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
     images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
+    _sparsify(made, arguments)
     detection = made.add_argument_group("did a model write it?")
     detection.add_argument(
         "--detect", metavar="FILE", help="texts to score, as --labels, or a JSON list of strings"
     )
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    left = made.add_argument_group("work left out while the model runs; it is its own original")
+    left.add_argument("--sparsify", default="", metavar="NAME", help="sparsifier (none)")
+    left.add_argument("--density", type=float, default=0.5, help="fraction of work kept (0.5)")
+    left.add_argument(
+        "--first", type=float, help="part of a text that skips no inputs, from its beginning (0.01)"
+    )
+    left.add_argument(
+        "--orthogonal",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="turn inputs that keys or a gate read, so that its columns are orthogonal",
+    )
+    left.add_argument(
+        "--allocate",
+        metavar="NAME",
+        help="allocator that shares the density out in each block (none: the same everywhere)",
+    )
+    left.add_argument(
+        "--after", metavar="BLOCKS", help="blocks after which tokens leave, such as 1,3"
+    )
+    left.add_argument(
+        "--prompt",
+        type=float,
+        help="part of a window whose keys are thinned, or whose tokens are frozen; what follows "
+        "is judged (0.5)",
+    )
+    left.add_argument("--recent", type=int, help="last tokens of a prompt with whole keys (32)")
+    left.add_argument(
+        "--calibration", metavar="TEXT", help=f"for shortv, and for --allocate: {TEXT_HELP}"
+    )
+    _own_flags(made, arguments)
+
+
+def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The flags of methods that the command line names."""
+    for title, flags in _method_flags(arguments):
+        section = parser.add_argument_group(title)
+        for flag, options in flags:
+            section.add_argument(flag, **options)
+
+
+def _ensemble(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "ensemble",
+        "let language models vote byte by byte, whatever their tokenizers",
+        "layerwise ensemble A B --text heldout.txt --samples 16 --length 256",
+        "layerwise ensemble A B --prompt 'Once upon a ti' --count 80",
+    )
+    made.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("--text", metavar="TEXT", help=f"{TEXT_HELP} (builtin, without a prompt)")
+    made.add_argument("--samples", type=int, default=8, help="windows (8)")
+    made.add_argument("--length", type=int, default=256, help="bytes per window (256)")
+    made.add_argument("--weights", metavar="NUMBERS", help="what each model counts (alike)")
+    made.add_argument("--prompt", default="", help="what to continue; it may end inside a word")
+    made.add_argument("--count", type=int, default=64, help="bytes that continue it (64)")
+    made.add_argument(
+        "--temperature", type=float, default=0.0, help="of bytes; 0 takes the likeliest (0)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+
+
+def _federate(commands: Any, arguments: Sequence[str]) -> None:
+    made = _command(
+        commands,
+        "federate",
+        "train a small model at clients that keep their samples, and join them round by round",
+        "layerwise federate digits --method l_dawa --alpha 0.1 --fault 0=noise",
+        "layerwise federate cifar10 --network cnn --learning contrastive --method l_dawa -o OUT",
+    )
+    made.add_argument("study", metavar="STUDY", help="digits, mnist or cifar10")
+    made.add_argument("-o", "--output", metavar="OUT", help="directory to make of the model")
+    made.add_argument("--method", default="fedavg", metavar="NAME", help="what joins (fedavg)")
+    who = made.add_argument_group("clients")
+    who.add_argument("--clients", type=int, default=10, help="how many share the samples (10)")
+    who.add_argument(
+        "--alpha", type=float, default=0.5, help="how evenly they share each class (0.5)"
+    )
+    who.add_argument("--fraction", type=float, default=1.0, help="share that a round asks (1)")
+    who.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="CLIENT=WHAT",
+        help="a client that sends nan, shape (a wrong one), nothing or noise; may be repeated",
+    )
+    made.add_argument("--rounds", type=int, default=15, help="how many (15)")
+    made.add_argument("--network", default="mlp", help="mlp, or cnn with batch norms (mlp)")
+    made.add_argument(
+        "--proxy", type=int, default=100, help="samples that the server holds back (100)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
+    local = made.add_argument_group("how clients learn")
+    for name, default, words in LOCAL:
+        flag, kind = f"--{name.replace('_', '-')}", type(default)
+        said = f"{words} ({default})"
+        local.add_argument(flag, type=kind, default=default, metavar=kind.__name__, help=said)
+    made.add_argument("--restart", action="store_true", help="throw a stopped run away")
+    if arguments[:1] == ["federate"]:
+        _own_flags(made, arguments)
+
+
+# What `flow/locally.py` takes; a test keeps the two in step.
+LOCAL: Sequence[tuple[str, Any, str]] = (
+    ("epochs", 5, "passes over a client's samples in a round"),
+    ("batch", 32, "samples in a step"),
+    ("rate", 0.05, "learning rate of the first round"),
+    ("decay", 1.0, "factor of the rate from round to round"),
+    ("momentum", 0.9, "of the descent, new every round"),
+    ("weight_decay", 0.0, "of the descent"),
+    ("proximal", 0.0, "mu of FedProx, which holds clients near the global model"),
+    ("learning", "supervised", "supervised, or contrastive: without labels"),
+    ("temperature", 0.5, "of contrastive learning"),
+)
 
 
 def _run(commands: Any, arguments: Sequence[str]) -> None:
@@ -256,9 +482,7 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
         "layerwise methods quantize --needs nothing",
     )
     made.add_argument("verb", nargs="?", metavar="VERB", help="only those of a verb")
-    made.add_argument(
-        "--needs", choices=("nothing", "calibration", "labels", "gradients", "models")
-    )
+    made.add_argument("--needs", choices=NEEDS)
 
 
 def _show(commands: Any, arguments: Sequence[str]) -> None:
@@ -329,19 +553,28 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         help="tune once layers are done, on the calibration text: norms (statistics of batch "
         "norms), bias, or norms,bias (nothing)",
     )
-    _own(parser, arguments)
-
-
-def _own(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """The options of the methods that a command line names."""
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
+    how.add_argument(
+        "--recover",
+        default="none",
+        metavar="NAME",
+        help="learn pruned layers anew, block by block, on the calibration text: masklora (none)",
+    )
+    if verb_of_method(arguments) == "quantize":
+        _own_flags(parser, arguments)
 
 
 def _method(parser: Any) -> None:
     parser.add_argument("--method", default="rtn", metavar="NAME", help="quantizer (rtn)")
+
+
+def _sparsity(how: Any) -> None:
+    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
+    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+
+
+def _rank(how: Any) -> None:
+    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
+    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
 
 
 def _levels(how: Any) -> None:
@@ -368,8 +601,37 @@ def _levels(how: Any) -> None:
         help="what calibration shows methods: the original model's activations, or those after "
         "earlier blocks were transformed (original for a budget, transformed otherwise)",
     )
-    how.add_argument("--density", type=float, default=1.0, help="fraction of weights kept (1)")
-    how.add_argument("--pruner", default="magnitude", metavar="NAME", help="pruner (magnitude)")
+    _sparsity(how)
+    how.add_argument(
+        "--pattern",
+        default="",
+        metavar="N:M",
+        help="keep n of every m inputs of a row, such as 2:4; says the density, too",
+    )
+    how.add_argument(
+        "--narrow",
+        default="",
+        metavar="NAME",
+        help="take out whole heads and channels first, as flap says; the model is smaller then",
+    )
+    how.add_argument(
+        "--keep", type=float, default=1.0, help="fraction of the weights of layers that stays then"
+    )
+    how.add_argument(
+        "--widths",
+        choices=("shared", "own"),
+        default="shared",
+        help="whether all blocks keep as many units, or each its own number, as zeros (shared)",
+    )
+    how.add_argument(
+        "--drop-blocks", type=int, default=0, metavar="N", help="take out so many blocks first"
+    )
+    how.add_argument(
+        "--drop-by",
+        default="lim",
+        metavar="MEASURE",
+        help="the measure of blocks by which the least important go (lim)",
+    )
     how.add_argument(
         "--activation",
         default="",
@@ -377,8 +639,7 @@ def _levels(how: Any) -> None:
         help="round the inputs of layers when the model runs: int8, int4 or fp8, with a scale for "
         "each token, or int8-static, int4-static, fp8-static with one for all",
     )
-    how.add_argument("--rank", type=int, default=0, help="rank of a correction (0: none)")
-    how.add_argument("--compensator", default="svd", metavar="NAME", help="compensator (svd)")
+    _rank(how)
     how.add_argument(
         "--allocate",
         default="",
@@ -469,35 +730,52 @@ _NAMING = {
     "--method": "quantize",
     "--pruner": "prune",
     "--compensator": "compensate",
+    "--narrow": "narrow",
+    "--recover": "recover",
+    "--drop-by": "measure",
     "--allocate": "allocate",
     "--by": "measure",
+    "--sparsify": "sparsify",
     "--measure": "measure",  # several, with commas
 }
+# Commands that are a verb.
+_VERBS = frozenset({"federate", "merge"})
 # What a plan says for every layer, and so cannot be asked for beside one.
 WISHES = (
     "--bits", "--budget", "--max-kl", "--allow", "--sensitivity", "--inputs", "--group",
     "--symmetric", "--no-symmetric", "--method", "--density", "--pruner", "--rank",
     "--compensator", "--activation", "--allocate", "--by", "--format", "--server",
-    "--rotate", "--rotate-seed", "--scale-keys", "--tune",
+    "--rotate", "--rotate-seed", "--scale-keys", "--tune", "--pattern", "--narrow", "--keep",
+    "--widths", "--drop-blocks", "--drop-by", "--recover",
 )  # fmt: skip
 
 
 def named_methods(arguments: Sequence[str]) -> list[str]:
     """Ids of the methods that a command line names."""
     found: list[str] = []
+    naming = {**_NAMING, "--method": verb_of_method(arguments)}
     for position, word in enumerate(arguments):
         flag, equals, value = word.partition("=")
-        if flag in _NAMING:
+        if flag in naming:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            found += [f"{_NAMING[flag]}/{name}" for name in value.split(",") if name]
+            names = [name for name in value.split(",") if name not in ("", "all", "none")]
+            found += [f"{naming[flag]}/{name}" for name in names]
     return found
+
+
+def verb_of_method(arguments: Sequence[str]) -> str:
+    """The verb that `--method` names a method of: the command's own, where it has one."""
+    command = next(iter(arguments), "")
+    return command if command in _VERBS else _NAMING["--method"]
 
 
 def option_flags(id: str) -> dict[str, inspect.Parameter]:
     """The options that a method takes beyond those of a plan, by the name of their flag."""
     from layerwise.core import catalogue
 
-    own = catalogue.get(id).own_options
+    method = catalogue.get(id)
+    # What a plan sets for compression is a merge's own.
+    own = method.options if method.verb == "merge" else method.own_options
     return {name.replace("_", "-"): option for name, option in own.items()}
 
 
@@ -519,4 +797,6 @@ def _flag(option: inspect.Parameter) -> dict[str, Any]:
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": f"({default})"}
     kind = type(default) if default is not None else str
+    if default is inspect.Parameter.empty:
+        kind = str
     return {"type": kind, "default": None, "help": f"({default})", "metavar": kind.__name__}

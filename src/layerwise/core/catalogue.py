@@ -21,9 +21,20 @@ from layerwise.core.errors import UserError
 from layerwise.core.learning import Learned
 from layerwise.core.results import Coded, Quantized
 
-Need = Literal["nothing", "calibration", "labels", "gradients", "models"]
+Need = Literal["nothing", "running", "calibration", "labels", "gradients", "models", "clients"]
 
-VERBS = ("measure", "allocate", "quantize", "prune", "compensate")
+VERBS = (
+    "measure",
+    "allocate",
+    "quantize",
+    "prune",
+    "narrow",
+    "recover",
+    "compensate",
+    "sparsify",
+    "merge",
+    "federate",
+)
 
 # Evidence, and what must happen before it can be given to a method.
 EVIDENCE: Mapping[str, Need] = MappingProxyType(
@@ -31,18 +42,38 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "weight": "nothing",  # (out, in), one linear layer
         "weights": "nothing",  # one tensor per layer, readable more than once
         "shapes": "nothing",  # one tuple per item, the sides of its weight
+        "filters": "nothing",  # (in, fan), what makes each channel that the layer reads
+        "shifts": "nothing",  # (in,), what is added to each of those channels
+        "kept": "nothing",  # (out, in), True where a weight was not pruned
         "approximation": "nothing",  # (out, in), what a transform made of the weight
         "scores": "nothing",  # (items,), from a measure; higher is more important
         "costs": "nothing",  # one (levels,) per item, ascending: bytes or weights kept
         "errors": "nothing",  # one (levels,) per item, the error at each level
+        "columns": "nothing",  # (in,), the norm of what each input is multiplied by
+        "activations": "running",  # (tokens, in), what the layer reads as the model runs
+        "queries": "running",  # (batch, heads, tokens, size), what attention asks with
+        "keys": "running",  # (batch, key heads, tokens, size), what it compares them with
+        "attentions": "running",  # (batch, heads, tokens, tokens), rows of it sum to 1
         "inputs": "calibration",  # (tokens, in), what the layer or block saw
         "outputs": "calibration",  # (tokens, out), what the layer or block answered
         "norm": "calibration",  # (in,), root of the mean of x^2 over tokens
         "norms": "calibration",  # one (in,) per layer of a block, the norm of what it reads
+        "mean": "calibration",  # (in,), mean of x over tokens
+        "variance": "calibration",  # (in,), mean of (x - mean)^2 over tokens
         "gram": "calibration",  # (in, in), mean of x x^T over tokens
         "magnitude": "calibration",  # (in,), mean of |x| over tokens
         "peak": "calibration",  # (in,), max of |x| over tokens
         "attention": "calibration",  # (windows, length), what tokens received in all heads
+        "slopes": "calibration",  # (windows,), of the loss along a random direction each
+        # (tokens, width), what a block answers where the model's embeddings are disturbed.
+        "disturbed": "calibration",
+        # Of a model and of another: what the other's block answers to the same text; the mean loss
+        # of both, (2,); and that of the first, (points,), while a layer alone, or a block and all
+        # before it, goes to the other's in even steps.
+        "base_outputs": "calibration",
+        "ends": "calibration",
+        "path": "calibration",
+        "growing_path": "calibration",
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
@@ -63,24 +94,63 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "states": "labels",  # (examples, width), what a block answers at a text's last token
         "labels": "labels",  # (examples,), the class of each text, from 0
         "grad": "gradients",  # (out, in), mean gradient of the loss
+        # (answers, features), gradients of some of a model's answers by the weight; of the other's.
+        "tangents": "gradients",
+        "base_tangents": "gradients",
+        # A function of a direction, (out, in): the Hessian of the mean loss by the weight times it.
+        "hessian": "gradients",
         "base": "models",  # (...), the common ancestor's tensor
         "models": "models",  # (models, ...), the same tensor of every model
+        "shares": "models",  # (models,), how much each model counts
+        "cuts": "models",  # (models,), the magnitude from which differences from the base are kept
+        "products": "models",  # (models, models), inner products of whole tensors
+        "entries": "models",  # (...), where in its whole tensor each entry lies
+        "seeds": "models",  # (models,), a number for each model and tensor, of its content
+        "networks": "models",  # one mapping of names to tensors for each model
+        "origin": "models",  # the common ancestor's tensors by name
+        "symmetries": "models",  # what can be permuted in a model without changing its function
+        "grams": "calibration",  # (models, in, in), what each model's layer reads; None if unknown
+        "fishers": "calibration",  # (models, ...), mean squared gradients of each model's loss
+        "loss": "calibration",  # what a model with such tensors loses on a text, a function
+        "server": "clients",  # (...), the global model's tensor before the round
+        "clients": "clients",  # (clients, ...), the same tensor as each client returned it
+        "counts": "clients",  # (clients,), samples that each client learned from
+        "state": "clients",  # tensors by name, what the method kept the round before; first none
+        "proxy": "clients",  # loss on the server's own examples, of such a tensor as `server`
     }
 )
+# Evidence of another model than the one that is looked at, whatever else it takes to gather it.
+PAIRED = frozenset({"base", "base_outputs", "base_tangents", "ends", "path", "growing_path"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
-_CHEAPEST_FIRST: tuple[Need, ...] = ("nothing", "calibration", "labels", "gradients", "models")
+_CHEAPEST_FIRST: tuple[Need, ...] = (
+    "nothing",
+    "running",
+    "calibration",
+    "labels",
+    "gradients",
+    "models",
+    "clients",
+)
 
 # Options that a plan says for each layer, or a budget for all of them; `fold` says whether
 # something that feeds the layer can take its scales.
 _PLANNED = frozenset({"bits", "group", "symmetric", "density", "rank", "budget", "fold"})
+# Verbs whose work no plan says.
+_UNPLANNED = frozenset({"federate", "merge"})
 
 # How the rows of a weight hang together, which tells core how it may cut or stack them:
+#   entry        an entry's result depends on that entry of each tensor alone: a tensor may be cut
+#                anywhere without changing a bit of the result
 #   independent  a row's result depends on that row alone: rows may be streamed in slices, and
 #                layers that read the same input stacked, without changing a bit of the result
 #   layer        a row's result depends on its whole layer (the default)
 #   input        layers that read the same input must be given together, stacked by rows
-Rows = Literal["independent", "layer", "input"]
+Rows = Literal["entry", "independent", "layer", "input"]
+
+# What a method is given at once: one layer's tensor, what belongs to a block, or the parameters of
+# a whole model, flat and one after the other.
+Unit = Literal["layer", "block", "model"]
 
 # What the codes of a quantizer stand for, which tells a format whether it has a place for them:
 #   integer   evenly spaced points, code - zero
@@ -142,7 +212,7 @@ class Method:
     claims: tuple[Claim, ...]
     exempt: Mapping[str, str]
     rows: Rows
-    unit: Literal["layer", "block"]
+    unit: Unit
     codes: Codes = "integer"
     widths: Sequence[int] = WIDTHS
     nested: bool = False
@@ -177,6 +247,8 @@ class Method:
     @property
     def needs(self) -> Need:
         """The dearest evidence the method reads."""
+        if PAIRED.intersection(self.evidence):
+            return "models"
         return _CHEAPEST_FIRST[max(_CHEAPEST_FIRST.index(EVIDENCE[w]) for w in self.evidence)]
 
     @property
@@ -192,7 +264,15 @@ class Method:
     @property
     def own_options(self) -> dict[str, inspect.Parameter]:
         """The options that neither a layer's plan nor a budget sets."""
-        return {name: option for name, option in self.options.items() if name not in _PLANNED}
+        planned = frozenset[str]() if self.verb in _UNPLANNED else _PLANNED
+        return {name: option for name, option in self.options.items() if name not in planned}
+
+    @property
+    def merges(self) -> int | None:
+        """How many models it merges, as the shape of `models` says; None for any number."""
+        shape = inspect.signature(self.run).parameters.get("models")
+        first = getattr(getattr(shape, "annotation", None), "dim_str", "").split(" ")[0]
+        return int(first) if first.isdigit() else None
 
     @property
     def must_fold(self) -> bool:
@@ -221,7 +301,7 @@ class Verb(Generic[R]):
         claims: tuple[Claim, ...] = (),
         exempt: Mapping[str, str] = MappingProxyType({}),
         rows: Rows = "layer",
-        unit: Literal["layer", "block"] = "layer",
+        unit: Unit = "layer",
         codes: Codes = "integer",
         widths: Sequence[int] = WIDTHS,
         nested: bool = False,
@@ -239,8 +319,8 @@ class Verb(Generic[R]):
             claims: The inequalities that `layerwise claims` checks; baselines have none.
             exempt: Laws this method breaks by design, each with the reason.
             rows: How the rows of a weight hang together; a law holds methods to it.
-            unit: What a measure scores, or codes are learned for: one layer, or one block with all
-                its layers.
+            unit: What a measure scores, codes are learned for or clients are joined in: one layer,
+                one block with all its layers, or the whole model.
             codes: What the codes of a quantizer stand for.
             widths: Bits that a code of a quantizer may have, ascending.
             nested: The correction of a lower rank is the first part of one of a higher rank; an

@@ -12,7 +12,8 @@ from layerwise.core.errors import UserError
 from layerwise.core.structure import Layer
 
 # Evidence of a layer itself and not of what it reads: it is given by the layer's name.
-GRAD = "grad"
+GRAD, SLOPES = "grad", "slopes"
+BY_LAYER = frozenset({GRAD, SLOPES})
 
 
 @runtime_checkable
@@ -29,7 +30,8 @@ class Collector:
 
     Args:
         layer: A layer that reads the input.
-        words: Evidence wanted: any of "gram", "norm", "magnitude", "peak", "inputs".
+        words: Evidence wanted: any of "gram", "norm", "mean", "variance", "magnitude", "peak",
+            "inputs".
     """
 
     def __init__(self, layer: Layer, words: frozenset[str]) -> None:
@@ -38,6 +40,7 @@ class Collector:
         self.tokens = 0
         self._gram = torch.zeros(layer.width, layer.width) if "gram" in words else None
         self._energy = torch.zeros(layer.width, dtype=torch.float64)
+        self._moments = Moments(layer.width) if words & {"mean", "variance"} else None
         self._magnitude = torch.zeros(layer.width, dtype=torch.float64)
         self._peak = torch.zeros(layer.width)
         self._inputs: list[Tensor] = []
@@ -56,6 +59,8 @@ class Collector:
             self._gram = self._gram.to(inputs.device).addmm_(inputs.T, inputs)
         if "norm" in self.words:
             self._energy += inputs.double().square().sum(dim=0).cpu()
+        if self._moments is not None:
+            self._moments.see(inputs)
         if "magnitude" in self.words:
             self._magnitude += inputs.abs().sum(dim=0, dtype=torch.float64).cpu()
         if "peak" in self.words and len(inputs):
@@ -82,6 +87,8 @@ class Collector:
             made["gram"] = self._gram.cpu().div_(count)
         if "norm" in self.words:
             made["norm"] = (self._energy / count).sqrt().float()
+        if self._moments is not None:
+            made["mean"], made["variance"] = self._moments.mean, self._moments.variance
         if "magnitude" in self.words:
             made["magnitude"] = (self._magnitude / count).float()
         if "peak" in self.words:
@@ -89,6 +96,41 @@ class Collector:
         if "inputs" in self.words:
             made["inputs"] = torch.cat(self._inputs or [torch.zeros(0, self.layer.width)])
         return made
+
+
+class Moments:
+    """Adds up the mean and the variance of each entry, about the first of them.
+
+    What is constant has a variance of exactly 0 then, however large it is.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.tokens = 0
+        self._about = torch.zeros(width, dtype=torch.float64)
+        self._sum, self._squares = self._about.clone(), self._about.clone()
+
+    def see(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs, (tokens, in)."""
+        if not len(inputs):
+            return
+        values = inputs.detach().double().cpu()
+        if not self.tokens:
+            self._about = values[0].clone()
+        self.tokens += len(values)
+        self._sum += (values - self._about).sum(dim=0)
+        self._squares += (values - self._about).square().sum(dim=0)
+
+    @property
+    def mean(self) -> Tensor:
+        """(in,); zeros if nothing was seen."""
+        return (self._about + self._sum / max(self.tokens, 1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """(in,), over all tokens; zeros if nothing was seen."""
+        count = max(self.tokens, 1)
+        spread = self._squares / count - (self._sum / count).square()
+        return spread.clamp(min=0).float()
 
 
 class AttentionCollector:
@@ -263,6 +305,5 @@ def calibrated_words(methods: Iterable[Method]) -> frozenset[str]:
 
 def of_layer(evidence: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Evidence as a method is given it: the layer's own, where there is one for each by name."""
-    if GRAD not in evidence:
-        return evidence
-    return {**evidence, GRAD: evidence[GRAD][name]}
+    own = {word: evidence[word][name] for word in BY_LAYER if word in evidence}
+    return {**evidence, **own} if own else evidence

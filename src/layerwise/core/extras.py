@@ -20,6 +20,8 @@ _EXTRAS = {
     "gptqmodel": "gptq",
     "optimum": "gptq",
     "peft": "peft",
+    "flwr": "flower",
+    "sklearn": "studies",
 }
 
 

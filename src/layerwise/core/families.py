@@ -13,6 +13,8 @@ from typing import Any
 # What configurations call the number of positions and the width of a block.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
+# What blocks call the cache of keys and values that they are given.
+CACHES = ("past_key_values", "layer_past")
 # Classes whose answer to token ids is a distribution over the vocabulary for every token.
 CAUSAL_MODELS = ("ForCausalLM", "LMHeadModel")
 LANGUAGE_MODELS = (*CAUSAL_MODELS, "ForMaskedLM")
@@ -55,6 +57,8 @@ class Stream:
         queries: The layer that makes queries, and the one that makes keys; empty likewise.
         query_norms: Norms of each head's queries and keys, which only some of the models have.
         beside: Other tensors that a block may hold.
+        gated: The layers of a gated MLP: those that make its insides, and last what reads these;
+            empty where it has another form.
         embedding: What begins the stream.
         norm: The norm that ends it.
         head: What reads that; its tensor is the embedding's where there is none of its own.
@@ -66,9 +70,44 @@ class Stream:
     queries: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     query_norms: tuple[str, ...] = ("self_attn.q_norm", "self_attn.k_norm")
     beside: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    gated: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """Channels that some layers of a block make and one reads: they can go, a unit at a time.
+
+    The rows of each maker, and the columns of the reader, are as many equal runs as there are
+    units.  What a unit that is gone gave on average can stay as a bias of the reader.
+
+    Attributes:
+        makers: Layers whose rows are the channels.
+        reader: The layer whose columns they are.
+        units: Settings that count the units; the first that a model has says how many there are,
+            the others keep their ratio to it.  Empty where no setting does: each channel is one.
+        parts: Matrices that lie one after the other in the rows of a maker.
+        biases: A setting that gives the makers and the reader biases; "" if there is none.
+        divides: A setting that all of `units` must divide, or transformers does not load it.
+        norm: A batch norm of the channels, between makers and reader.
+        settled: The shape of the channels is written down nowhere, so that they can only be zeroed.
+    """
+
+    makers: tuple[str, ...]
+    reader: str
+    units: tuple[str, ...] = ()
+    parts: int = 1
+    biases: str = ""
+    divides: str = ""
+    norm: str = ""
+    settled: bool = False
+
+    @property
+    def heads(self) -> bool:
+        """Whether the units are heads of attention, whose size stays."""
+        return "num_attention_heads" in self.units
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +121,10 @@ class Family:
         transposed: Endings of layers stored (in, out), as GPT-2's Conv1D does.
         norm_offset: What a norm adds to its stored weight before it multiplies.
         stream: Its residual stream; None where that cannot be turned.
+        seams: Where units can be taken out of its blocks.
+        depth: The setting that counts its blocks; "" where none can be taken out.
+        placed: Settings that make a block what it is by its number, and the value at which they
+            make all alike.
     """
 
     types: tuple[str, ...]
@@ -90,6 +133,9 @@ class Family:
     norm_offset: float = 0.0
     only: tuple[str, Any] | None = None
     stream: Stream | None = None
+    seams: tuple[Seam, ...] = ()
+    depth: str = "num_hidden_layers"
+    placed: tuple[tuple[str, Any], ...] = ()
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -106,9 +152,46 @@ _LLAMA_STREAM = Stream(
     ("self_attn.o_proj", "mlp.down_proj"),
 )
 
+
+def _heads(biases: str = "", divides: str = "") -> Seam:
+    """Heads of keys and values, each with the heads of queries that read it."""
+    counted = ("num_key_value_heads", "num_attention_heads")
+    return Seam(_QKV, "self_attn.o_proj", counted, biases=biases, divides=divides)
+
+
+def _gated(biases: str = "", inside: str = "mlp", width: str = "intermediate_size") -> Seam:
+    """Channels between the gated pair and the layer that reads their product."""
+    makers = (f"{inside}.gate_proj", f"{inside}.up_proj")
+    return Seam(makers, f"{inside}.down_proj", (width,), biases=biases)
+
+
+def _plain(maker: str, reader: str, width: str = "intermediate_size") -> Seam:
+    """Channels between two layers that have biases."""
+    return Seam((maker,), reader, (width,))
+
+
 FAMILIES: tuple[Family, ...] = (
-    Family(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA, stream=_LLAMA_STREAM),
-    Family(("gemma",), _LLAMA, norm_offset=1.0, stream=_LLAMA_STREAM),
+    Family(
+        ("llama",),
+        _LLAMA,
+        stream=_LLAMA_STREAM,
+        seams=(_heads("attention_bias", divides="hidden_size"), _gated("mlp_bias")),
+    ),
+    Family(
+        ("smollm3",),
+        _LLAMA,
+        stream=_LLAMA_STREAM,
+        seams=(_heads("attention_bias"), _gated("mlp_bias")),
+    ),
+    Family(("qwen3",), _LLAMA, stream=_LLAMA_STREAM, seams=(_heads("attention_bias"), _gated())),
+    Family(("mistral", "qwen2"), _LLAMA, stream=_LLAMA_STREAM, seams=(_heads(), _gated())),
+    Family(
+        ("gemma",),
+        _LLAMA,
+        norm_offset=1.0,
+        stream=_LLAMA_STREAM,
+        seams=(_heads("attention_bias"), _gated()),
+    ),
     Family(
         ("gemma2", "gemma3", "gemma3_text"),
         (
@@ -118,6 +201,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("mlp.down_proj",), "mlp.up_proj"),
         ),
         norm_offset=1.0,
+        seams=(_heads("attention_bias", divides="hidden_size"), _gated()),
     ),
     Family(
         ("phi3",),
@@ -136,6 +220,7 @@ FAMILIES: tuple[Family, ...] = (
             values=(),
             queries=(),
         ),
+        seams=(Seam(("mlp.gate_up_proj",), "mlp.down_proj", ("intermediate_size",), parts=2),),
     ),
     Family(
         # Attention and MLP read the same norm, side by side.
@@ -145,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("self_attn.dense",)),
             Reads(("mlp.fc2",)),
         ),
+        seams=(_plain("mlp.fc1", "mlp.fc2"),),
     ),
     Family(
         ("gpt2",),
@@ -155,6 +241,8 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("mlp.c_proj",)),
         ),
         transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        seams=(_plain("mlp.c_fc", "mlp.c_proj", "n_inner"),),
+        depth="n_layer",
     ),
     Family(
         ("gpt_neox",),
@@ -164,6 +252,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
             Reads(("mlp.dense_4h_to_h",)),
         ),
+        seams=(_plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),),
     ),
     Family(
         # The norms come after the residual sum, which reads them too.
@@ -175,6 +264,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("fc2",)),
         ),
         only=("do_layer_norm_before", False),
+        seams=(_plain("fc1", "fc2", "ffn_dim"),),
     ),
     Family(
         ("opt",),
@@ -184,6 +274,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("fc1",), "final_layer_norm"),
             Reads(("fc2",)),
         ),
+        seams=(_plain("fc1", "fc2", "ffn_dim"),),
     ),
     Family(
         # The residual stream reads the same norms, so nothing can be folded into them.
@@ -194,6 +285,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("intermediate.dense",)),
             Reads(("output.dense",)),
         ),
+        seams=(_plain("intermediate.dense", "output.dense"),),
     ),
     Family(
         ("vit",),
@@ -215,6 +307,7 @@ FAMILIES: tuple[Family, ...] = (
             Reads(("mlp.fc1",), "layernorm_after"),
             Reads(("mlp.fc2",)),
         ),
+        seams=(_plain("intermediate.dense", "output.dense"), _plain("mlp.fc1", "mlp.fc2")),
     ),
     Family(
         ("mixtral",),
@@ -237,6 +330,14 @@ FAMILIES: tuple[Family, ...] = (
                 ),
             ),
             ("self_attn.o_proj", "block_sparse_moe.experts.{}.w2"),
+        ),
+        seams=(
+            _heads(),
+            Seam(
+                ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+                "block_sparse_moe.experts.{}.w2",
+                ("intermediate_size",),
+            ),
         ),
     ),
     Family(
@@ -265,10 +366,24 @@ FAMILIES: tuple[Family, ...] = (
                 *("mlp.experts.{}.down_proj", "mlp.shared_expert.down_proj"),
             ),
         ),
+        seams=(
+            _gated(),
+            _gated(inside="mlp.experts.{}", width="moe_intermediate_size"),
+            _gated(inside="mlp.shared_expert", width="shared_expert_intermediate_size"),
+        ),
+        placed=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),
     ),
 )
 
-GENERIC = Family(())
+# A classifier of pictures is known by its names alone: these are torchvision's.
+GENERIC = Family(
+    (),
+    seams=(
+        Seam(("conv1",), "conv2", norm="bn1", settled=True),
+        Seam(("conv2",), "conv3", norm="bn2", settled=True),
+    ),
+    depth="",
+)
 
 # The job of a layer, by the end of its name; the first that fits.
 ROLES = {

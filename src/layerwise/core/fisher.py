@@ -52,7 +52,7 @@ def output_fisher(
         shelf: Where what each block sees is kept until the gradient comes back to it.
     """
     progress.stage("gradients", len(runner.blocks))
-    seen = _seen(runner, ids, shelf)
+    seen = seen_by_blocks(runner, ids, shelf)
     generator = torch.Generator().manual_seed(0)
     predicted = 0
 
@@ -119,7 +119,7 @@ class WeightGradients:
 
     def _go_back(self) -> None:
         runner, count = self.runner, len(self.ids)
-        seen = _seen(runner, self.ids, self.shelf)
+        seen = seen_by_blocks(runner, self.ids, self.shelf)
         gradient = runner.gradient(seen.pop(), self.ids, self._loss)
         for block in reversed(runner.blocks):
             before = seen.pop()
@@ -148,13 +148,13 @@ def answered(
             "not a distribution: there is no loss to take gradients of.",
             "Use methods that need no gradients (`layerwise methods --needs calibration`).",
         )
-    if _foretells(runner, logits, ids):
+    if foretells(runner, logits, ids):
         return logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten().to(logits.device)
     scored = logits.flatten(0, -2)
     return scored, scored.detach().argmax(dim=-1)
 
 
-def _foretells(runner: Runner, logits: Tensor, ids: Tensor) -> bool:
+def foretells(runner: Runner, logits: Tensor, ids: Tensor) -> bool:
     """Whether a model answers every token with a distribution of the next."""
     architecture = (runner.source.config.get("architectures") or [CAUSAL_MODELS[0]])[0]
     tokens = not ids.is_floating_point() and ids.dim() == 2 and ids.shape[1] > 1
@@ -162,7 +162,29 @@ def _foretells(runner: Runner, logits: Tensor, ids: Tensor) -> bool:
     return architecture.endswith(CAUSAL_MODELS) and of_tokens and int(ids.max()) < logits.shape[-1]
 
 
-def _seen(runner: Runner, ids: Tensor, shelf: Shelf) -> list[Activations]:
+def loss_gradient(runner: Runner, start: Tensor, ids: Tensor) -> Tensor:
+    """Gradient of the loss of `WeightGradients` with respect to what the first block sees.
+
+    Args:
+        runner: Runs the model.
+        start: What its first block sees.
+        ids: The windows.
+    """
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        scored, chosen = answered(runner, logits, tokens)
+        return torch.nn.functional.cross_entropy(scored, chosen, reduction="sum")
+
+    seen = [start]
+    for block in runner.blocks:
+        seen.append(runner.forward(block, seen[-1], {}))
+    gradient = runner.gradient(seen.pop(), ids, loss)
+    for block in reversed(runner.blocks):
+        gradient = runner.backward(block, seen.pop(), gradient, {})
+    return gradient
+
+
+def seen_by_blocks(runner: Runner, ids: Tensor, shelf: Shelf) -> list[Activations]:
     """What each block sees, and what the last one answers."""
     seen = [shelf.keep("seen-0", runner.starting(ids), len(ids))]
     for number, block in enumerate(runner.blocks, 1):

@@ -1,5 +1,6 @@
 """The layers of a block whose codes are learned together."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,7 @@ def learned_together(
         shapes = [runner.source.tensors[layer.tensor].shape for layer in chosen]
         problem = BlockError(
             _answered(runner.block_answer(block, changed), chosen, learning),
-            chosen,
-            shapes,
+            functools.partial(stored_as, chosen, shapes),
             inputs,
             targets,
             learning[0].schedule.batch,
@@ -73,6 +73,16 @@ def learned_together(
             with torch.no_grad():
                 changed[layer.tensor] = layer.store(learned.weight(), shape)
     return coded
+
+
+def stored_as(
+    layers: Sequence[Layer], shapes: Sequence[tuple[int, ...]], weights: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The weights of some layers as the source holds them, by the tensor's name."""
+    return {
+        layer.tensor: layer.store(weight, shape)
+        for layer, weight, shape in zip(layers, weights, shapes, strict=True)
+    }
 
 
 def _share(layers: Sequence[Layer], learning: Sequence[Learned]) -> None:

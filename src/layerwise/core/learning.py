@@ -1,8 +1,8 @@
-"""Codes that are learned: one loop for every method that has parameters to learn.
+"""Weights that are learned: one loop for every method that has parameters to learn.
 
-A learned method says what a layer's weight is as a function of its parameters; a problem says what
-weights cost.  The cost of one layer alone is the error of its output, known from its gram matrix;
-that of all layers of a block together is the error of the block's answer.
+A method says what a layer's weight, or its codes, are as a function of its parameters; a problem
+says what weights cost.  The cost of one layer alone is the error of its output, known from its
+gram matrix; that of all layers of a block together is the error of the block's answer.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.results import Coded
-from layerwise.core.structure import Layer
 
 # How often parameters are looked at for the best: so many times, evenly spaced.
 _LOOKS = 8
@@ -40,16 +39,18 @@ class Schedule:
         batch: Windows that each update sees.
         optimizer: Adam, or each parameter's rate times the sign of its gradient.
         decay: What the rates fall along, down to 0 after the last step.
+        warmup: Share of the steps in which the rates rise to their full size first.
     """
 
     steps: int
     batch: int = 8
     optimizer: Literal["adam", "sign"] = "adam"
     decay: Literal["linear", "cosine"] = "cosine"
+    warmup: float = 0.0
 
 
-class Learned(ABC):
-    """A layer whose codes are being learned."""
+class Learnable(ABC):
+    """A tensor that is being learned: a layer's weight, or what stands beside it."""
 
     schedule: Schedule
 
@@ -58,8 +59,19 @@ class Learned(ABC):
         """What is learned, by its rate; leaves that ask for gradients."""
 
     @abstractmethod
-    def weight(self) -> Float[Tensor, "out in"]:
-        """What multiplies the layer's input, as its codes would have it; differentiable."""
+    def weight(self) -> Float[Tensor, "..."]:
+        """The tensor at the present parameters; differentiable."""
+
+    def stand_in(self) -> Float[Tensor, "..."]:
+        """What a problem is given for it."""
+        return self.weight()
+
+    def settle(self) -> None:  # noqa: B027
+        """Bring parameters back into their range after an update."""
+
+
+class Learned(Learnable):
+    """A layer whose codes are being learned: its weight is as they would have it."""
 
     @abstractmethod
     def coded(self) -> Coded:
@@ -72,15 +84,8 @@ class Learned(ABC):
         """
         return None
 
-    def stand_in(self) -> Float[Tensor, "out in"]:
-        """What a problem is given for the weight; never multiplied if the layer answers itself."""
-        return self.weight()
-
-    def share(self, others: "Sequence[Learned]") -> None:  # noqa: B027
+    def share(self, others: "Sequence[Learned]") -> None:
         """Have others of the same class, which read the same input, learn one thing with this."""
-
-    def settle(self) -> None:  # noqa: B027
-        """Bring parameters back into their range after an update."""
 
 
 @runtime_checkable
@@ -96,16 +101,19 @@ class Problem(Protocol):
         ...
 
 
-def learn(layers: Sequence[Learned], problem: Problem) -> None:
+def learn(layers: Sequence[Learnable], problem: Problem) -> tuple[float, float]:
     """Learn the parameters of some layers together, and leave them at their best.
 
     Args:
         layers: The layers; they have one schedule.
         problem: What their weights cost.
+
+    Returns:
+        What they cost before, and what they cost now.
     """
     schedule = layers[0].schedule
     if not schedule.steps:
-        return
+        return 0.0, 0.0
     # Each once: what layers share is among the parameters of all of them.
     rated: dict[float, dict[int, Tensor]] = {}
     for layer in layers:
@@ -117,9 +125,9 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
     optimizer = torch.optim.Adam(groups) if schedule.optimizer == "adam" else _Sign(groups)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, _falling(schedule))
     learned = [tensor for tensors in rated.values() for tensor in tensors.values()]
-    best = _judged(layers, problem)
+    best = before = _judged(layers, problem)
     if best == 0:  # nothing is lost, and no gradient points anywhere
-        return
+        return before, best
     kept = [tensor.detach().clone() for tensor in learned]
     every = max(1, schedule.steps // _LOOKS)
     for step in range(schedule.steps):
@@ -139,15 +147,18 @@ def learn(layers: Sequence[Learned], problem: Problem) -> None:
     with torch.no_grad():
         for tensor, value in zip(learned, kept, strict=True):
             tensor.copy_(value)
+    return before, best
 
 
-def _judged(layers: Sequence[Learned], problem: Problem) -> float:
+def _judged(layers: Sequence[Learnable], problem: Problem) -> float:
     with torch.no_grad():
         return problem.judged([layer.stand_in() for layer in layers])
 
 
 def _falling(schedule: Schedule) -> Callable[[int], float]:
     def share(step: int) -> float:
+        if step < schedule.warmup * schedule.steps:
+            return (step + 1) / (schedule.warmup * schedule.steps + 1)
         left = 1 - step / schedule.steps
         if schedule.decay == "linear":
             return left
@@ -234,12 +245,11 @@ class AnswerError:
 
 
 class BlockError:
-    """The error of a block's answer with all of its learned layers at their present weights.
+    """The error of a block's answer with all that is learned of it as it is at present.
 
     Args:
         answer: What the block answers to a batch, as a function of tensors by name.
-        layers: The layers that are learned, in the order of their weights.
-        shapes: The shapes of their tensors.
+        stored: The tensors of the source, by name, that the weights of all learned layers make.
         inputs: What the block is to see, window by window.
         targets: What it is to answer.
         batch: Windows that a step sees.
@@ -248,15 +258,13 @@ class BlockError:
     def __init__(
         self,
         answer: BlockAnswer,
-        layers: Sequence[Layer],
-        shapes: Sequence[tuple[int, ...]],
+        stored: Callable[[Sequence[Tensor]], Mapping[str, Tensor]],
         inputs: Tensor,
         targets: Tensor,
         batch: int,
     ) -> None:
         self.answer = answer
-        self.layers = layers
-        self.shapes = shapes
+        self.stored = stored
         self.inputs = inputs
         self.targets = targets
         apart = len(inputs) // _APART
@@ -278,11 +286,7 @@ class BlockError:
         return sum(parts) / len(windows)
 
     def _error(self, weights: Sequence[Tensor], windows: Tensor) -> Tensor:
-        tensors = {
-            layer.tensor: layer.store(weight, shape)
-            for layer, weight, shape in zip(self.layers, weights, self.shapes, strict=True)
-        }
-        made = self.answer(self.inputs[windows], tensors)
+        made = self.answer(self.inputs[windows], self.stored(weights))
         return (made - self.targets[windows].to(made.device)).square().mean()
 
 

@@ -260,6 +260,37 @@ class ImageScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Savings:
+    """What a model left out while it ran, as counted in that run.
+
+    Operations are those of products of matrices and of attention, 2 for a multiplication and an
+    addition; what chooses is not counted where it is no such product.
+
+    Attributes:
+        method: What chose.
+        density: What it was asked to keep.
+        kept: What it kept, of all that it chose among.
+        flops_dense: Operations of the dense model on the same.
+        flops: Operations that are left.
+        sparse_kernel: They are left with a kernel that skips zeros: here they were multiplied.
+        cache_dense: Bytes of keys and values at the end of a window, over windows; 0 if no cache
+            was thinned.
+        cache: Bytes that were held.
+        after: So many tokens of each window were the prompt; only what follows was judged.
+    """
+
+    method: str
+    density: float
+    kept: float
+    flops_dense: int
+    flops: int
+    sparse_kernel: bool
+    cache_dense: int = 0
+    cache: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TextScore:
     """How likely a text is to be a model's.
 
@@ -306,6 +337,7 @@ class Evaluation:
         noise_floor: The original computed in bfloat16 against itself, on the same windows.
         tasks: On tasks.
         images: On images.
+        savings: What it left out, where it was to leave work out.
         notes: What else the reader should know.
         detection: What it says of texts that a model may have written.
     """
@@ -316,6 +348,7 @@ class Evaluation:
     noise_floor: Comparison | None = None
     tasks: Sequence[TaskScore] = ()
     images: ImageScores | None = None
+    savings: Savings | None = None
     notes: Sequence[str] = ()
     detection: Detection | None = None
 
@@ -508,3 +541,40 @@ class Sweep:
             UserError: It is no such sweep.
         """
         return rebuilt(cls, content, where)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteVote:
+    """Language models that read the same bytes, alone and together.
+
+    Attributes:
+        models: What each is.
+        weights: What each counts, summing to 1.
+        text: Where the bytes came from; "" if none were read.
+        bytes: How many were foretold.
+        bits: Bits per byte of each model; empty without a text.
+        bits_together: Of all together.
+        bits_error: Standard error of each of `bits`, windows taken as independent draws.
+        gained: Bits per byte that all together are below the best of them.
+        gained_error: Standard error of `gained`, window by window.
+        prompt: What was continued; "" if nothing was.
+        continuations: What each model continues it with.
+        continuation: What all together do.
+    """
+
+    models: Sequence[str]
+    weights: Sequence[float]
+    text: str = ""
+    bytes: int = 0
+    bits: Sequence[float] = ()
+    bits_together: float | None = None
+    bits_error: Sequence[float | None] = ()
+    gained: float | None = None
+    gained_error: float | None = None
+    prompt: str = ""
+    continuations: Sequence[str] = ()
+    continuation: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, all the way down."""
+        return asdict(self)

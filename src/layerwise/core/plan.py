@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 
 from layerwise.core import catalogue
@@ -13,7 +14,7 @@ from layerwise.core.activation import Scheme, kind, needing, static
 from layerwise.core.errors import UserError
 from layerwise.core.evidence import calibrated_words
 from layerwise.core.results import Layout
-from layerwise.core.rewriting import Rewriting, Rotate
+from layerwise.core.rewriting import Rewriting, Rotate, Widths
 from layerwise.core.structure import Layer, Structure
 from layerwise.core.written import check_types, described, fits, read_yaml
 
@@ -83,6 +84,11 @@ class LayerPlan:
         return learned and self.quantizer.learns is not None and self.quantizer.unit == "block"
 
     @property
+    def recoverable(self) -> bool:
+        """Whether there are weights that can be learned anew: some are gone, and none is a code."""
+        return self.density < 1 and self.bits is None and not self.rank
+
+    @property
     def rounding(self) -> Scheme | Literal[""]:
         """How the layer's input is rounded: as the plan says, or as its quantizer does."""
         return "" if self.bits is None else self.activation or self.quantizer.activates
@@ -124,8 +130,10 @@ class Plan:
         inputs: What calibration shows methods: what layers see after earlier blocks were
             transformed, or in the original model.
         server: What is to load the output, whose rules the plan must keep; "" for any.
-        rewriting: What the model becomes before all else, while it stays the same function.
+        rewriting: What the model becomes before all else: other bases, fewer units or blocks.
         tune: What is tuned once layers are transformed: statistics of batch norms, biases.
+        recover: The method by which pruned layers are learned anew, block by block; "none" leaves
+            them as their pruner made them.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -136,11 +144,13 @@ class Plan:
     server: str = ""
     rewriting: Rewriting = field(default_factory=Rewriting)
     tune: Sequence[Tune] = ()
+    recover: str = "none"
 
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return [*needing(layer.activation for layer in self.layers.values()), *tuning(self.tune)]
+        rounding = needing(layer.activation for layer in self.layers.values())
+        return [*rounding, *tuning(self.tune), *recovering(self.recover)]
 
     def words(self) -> frozenset[str]:
         """The evidence that calibration must gather for it."""
@@ -149,12 +159,24 @@ class Plan:
     def methods(self) -> list[catalogue.Method]:
         """Every method the plan uses, once."""
         ids = {id for layer in self.layers.values() for id, _ in layer.steps}
+        ids.update(removers(self.rewriting), recovering(self.recover))
         return [catalogue.get(id) for id in sorted(ids)]
+
+
+def removers(rewriting: Rewriting) -> list[str]:
+    """The methods, by id, that say which blocks or units go."""
+    blocks = [f"measure/{rewriting.drop_by}"] if rewriting.drop_blocks else []
+    return [*blocks, *([f"narrow/{rewriting.narrow}"] if rewriting.narrow else [])]
 
 
 def tuning(asked: Sequence[Tune]) -> list[str]:
     """What is asked for, in words, that reads a calibration text."""
     return [f"tuning ({', '.join(asked)})"] if asked else []
+
+
+def recovering(asked: str) -> list[str]:
+    """The method, by id, by which pruned layers are learned anew, if there is one."""
+    return [] if asked == "none" else [f"recover/{asked}"]
 
 
 def sampling(
@@ -175,24 +197,32 @@ def words_of(plans: Iterable[LayerPlan]) -> frozenset[str]:
 
 
 # Entries of a plan's file that say what the model becomes before all else.
-_REWRITING: Mapping[str, Any] = {"rotate": Rotate, "rotate_seed": int, "scale_keys": bool}
+_REWRITING: Mapping[str, Any] = {
+    "drop_blocks": int,
+    "drop_by": str,
+    "narrow": str,
+    "keep": float,
+    "widths": Widths,
+    "rotate": Rotate,
+    "rotate_seed": int,
+    "scale_keys": bool,
+}
 _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 
 
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
-    head: dict[str, str | int | list[Tune]] = {"model": model, "format": plan.format}
+    head: dict[str, str | float | list[Tune]] = {"model": model, "format": plan.format}
     if plan.server:
         head["server"] = plan.server
     if plan.budget:
         head["budget"] = plan.budget
     head["inputs"] = plan.inputs
-    if plan.rewriting.rotate != "none":
-        head |= {"rotate": plan.rewriting.rotate, "rotate_seed": plan.rewriting.seed}
-    if plan.rewriting.scale_keys:
-        head["scale_keys"] = True
+    head |= _rewriting_entries(plan.rewriting)
     if plan.tune:
         head["tune"] = list(plan.tune)
+    if plan.recover != "none":
+        head["recover"] = plan.recover
     lines = [
         "# A layerwise plan: `layerwise compress MODEL --plan THIS -o OUT`.  Edit it freely.",
         "# A name may be a pattern (model.layers.*.mlp.*); an exact name wins over a pattern, and",
@@ -210,29 +240,39 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _rewriting_entries(first: Rewriting) -> dict[str, str | float]:
+    """What a file says of what the model becomes before all else."""
+    made: dict[str, str | float] = {}
+    if first.drop_blocks:
+        made |= {"drop_blocks": first.drop_blocks, "drop_by": first.drop_by}
+    if first.narrow:
+        made |= {"narrow": first.narrow, "keep": first.keep, "widths": first.widths}
+    if first.rotate != "none":
+        made |= {"rotate": first.rotate, "rotate_seed": first.seed}
+    if first.scale_keys:
+        made["scale_keys"] = True
+    return made
+
+
+def read_rewriting(file: Path) -> tuple[Rewriting, Mapping[str, Mapping[str, Any]]]:
+    """What a plan file has a model become before its layers are looked at, and all its options.
+
+    Raises:
+        UserError: It is no plan.
+    """
+    content = _content(file)
+    return _rewriting(content, file), content["options"]
+
+
 def read_plan(file: Path, found: Structure) -> Plan:
-    """Read a plan file and lay its patterns over a model's layers.
+    """Read a plan file and lay its patterns over the layers of a model, rewritten by now.
 
     Raises:
         UserError: It is no plan, names an unknown layer, field or method, leaves a layer out,
             or two patterns claim one layer.
     """
-    content = read_yaml(file, "plan", "`layerwise plan` writes one.")
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
-        raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
-    known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
-    known |= _REWRITING.keys() | {"tune"}
-    if unknown := content.keys() - known:
-        raise UserError(
-            f"{file} has the unknown entries {sorted(map(str, unknown))}.",
-            f"Known: {sorted(known)}.",
-        )
-    options, format = content.get("options") or {}, content.get("format", "dense")
-    if not fits(options, Mapping[str, Mapping[str, Any]]):
-        raise UserError(
-            f"{file}: `options` is not a mapping of methods.",
-            "Write quantize/gptq: {damping: 0.1}.",
-        )
+    content = _content(file)
+    options, format = content["options"], content.get("format", "dense")
     # YAML reads a bare 1 as a number; names are text.
     layers = _lay_out({str(name): given for name, given in content["layers"].items()}, found, file)
     if not isinstance(format, str):
@@ -241,13 +281,40 @@ def read_plan(file: Path, found: Structure) -> Plan:
     if inputs not in get_args(Inputs):
         raise UserError(f"{file} has inputs: {inputs!r}.", f"Write {described(Inputs)}.")
     budget, server = (str(content.get(name) or "") for name in ("budget", "server"))
-    rewriting = {name: content[name] for name in _REWRITING if name in content}
-    check_types(str(file), rewriting, _REWRITING)
-    rotation = {"seed": rewriting.pop("rotate_seed")} if "rotate_seed" in rewriting else {}
-    first = Rewriting(**rewriting, **rotation)
     tune = content.get("tune") or ()
-    check_types(str(file), {"tune": tune}, {"tune": Sequence[Tune]})
-    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune))
+    recover = content.get("recover", "none")
+    told = {"tune": tune, "recover": recover}
+    check_types(str(file), told, {"tune": Sequence[Tune], "recover": str})
+    first = _rewriting(content, file)
+    return Plan(layers, format, options, budget, inputs, server, first, tuple(tune), recover)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A plan's entries, with its options at least empty."""
+    content = read_yaml(file, "plan", "`layerwise plan` writes one.")
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise UserError(f"{file} has no `layers:`.", "`layerwise plan` writes one to start from.")
+    known = {"model", "format", "server", "budget", "inputs", "options", "layers", "leave"}
+    known |= _REWRITING.keys() | {"tune", "recover"}
+    if unknown := content.keys() - known:
+        raise UserError(
+            f"{file} has the unknown entries {sorted(map(str, unknown))}.",
+            f"Known: {sorted(known)}.",
+        )
+    options = content.get("options") or {}
+    if not fits(options, Mapping[str, Mapping[str, Any]]):
+        raise UserError(
+            f"{file}: `options` is not a mapping of methods.",
+            "Write quantize/gptq: {damping: 0.1}.",
+        )
+    return {**content, "options": options}
+
+
+def _rewriting(content: Mapping[str, Any], file: Path) -> Rewriting:
+    given = {name: content[name] for name in _REWRITING if name in content}
+    check_types(str(file), given, _REWRITING)
+    seed = {"seed": given.pop("rotate_seed")} if "rotate_seed" in given else {}
+    return Rewriting(**given, **seed)
 
 
 def _lay_out(patterns: Mapping[str, Any], found: Structure, file: Path) -> dict[str, LayerPlan]:
@@ -313,7 +380,17 @@ def check_plan(plan: Plan, found: Structure) -> None:
             _check_rows(id, found.layers[name], plan, found)
     for item in found.items():
         _check_fused(item, plan)
-    if not any(layer.steps for layer in plan.layers.values()):
+    for id in recovering(plan.recover):
+        # The smallest weight shows whether its options are possible.
+        one = {"weight": torch.zeros(1, 1), "kept": torch.ones(1, 1, dtype=torch.bool)}
+        catalogue.get(id).run(**one, **plan.options.get(id, {}))
+    if recovering(plan.recover) and not any(one.recoverable for one in plan.layers.values()):
+        raise UserError(
+            f"recover/{plan.recover} learns pruned weights anew, and no layer is pruned that is "
+            "not quantized, too.",
+            "Give --density 0.5 without --bits, or leave --recover out.",
+        )
+    if not (plan.rewriting.removes or any(layer.steps for layer in plan.layers.values())):
         raise UserError("the plan changes no layer.", "Set bits, density or rank for at least one.")
 
 

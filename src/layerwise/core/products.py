@@ -7,6 +7,7 @@ import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,6 +122,43 @@ class Attend(_Mode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One call of attention.
+
+    Attributes:
+        query: (batch, heads, asking, size).
+        key: (batch, key heads, tokens, size).
+        mask: What may be seen, if anything is said of it.
+        causal: Whether a token sees only what came before.
+        scale: What products are multiplied by.
+    """
+
+    query: Float[Tensor, "batch heads asking size"]
+    key: Float[Tensor, "batch keyheads tokens size"]
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+
+class Asked(_Mode):
+    """Shows what attention is asked.
+
+    Args:
+        take: Takes it in, before it is answered.
+    """
+
+    def __init__(self, take: Callable[[Question], None]) -> None:
+        super().__init__()
+        self.take = take
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call answers."""
+        if func is nn.functional.scaled_dot_product_attention:
+            self.take(_question(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
 class Follow(_Mode):
     """Shows every sum of two tensors to a collector, which knows the residual stream."""
 
@@ -154,6 +192,20 @@ class RoundedKeys(_Mode):
             rounded = self.activation.rounded(key.flatten(0, -2)).reshape(key.shape)
             args = (query, rounded, *rest)
         return func(*args, **kwargs)
+
+
+def _question(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Question:
+    unit = query.shape[-1] ** -0.5 if scale is None else scale
+    return Question(query, key, attn_mask, is_causal, unit)
 
 
 def _received(

@@ -4,7 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -433,6 +434,26 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrowed:
+    """Which units of a layer's inputs stay, and what stands in for those that go.
+
+    Attributes:
+        kept: True where a unit stays; one does at least.
+        scores: How much each unit matters, comparable between layers; higher is more.
+        bias: What is added to the layer's answer, for all that went.
+        weight: What reads the channels that stay; its other columns are 0.0.  None where no weight
+            that stays is another.
+        notes: What the method had to do that its caller should know, for the report.
+    """
+
+    kept: Bool[Tensor, " units"]
+    scores: Float[Tensor, " units"]
+    bias: Float[Tensor, " out"]
+    weight: Float[Tensor, "out in"] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """A correction `left @ right` to add to an approximation of a weight."""
 
@@ -452,3 +473,15 @@ class LowRank:
     def product(self) -> Float[Tensor, "out in"]:
         """The correction as one matrix."""
         return self.left @ self.right
+
+
+class Aggregated(NamedTuple):
+    """One tensor of the global model after a round.
+
+    Attributes:
+        weight: What the server holds now, of the clients' shape, in float32 or wider.
+        state: What the method needs of this tensor the next round, by name.
+    """
+
+    weight: Float[Tensor, "..."]
+    state: Mapping[str, Tensor] = MappingProxyType({})

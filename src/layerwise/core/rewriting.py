@@ -1,8 +1,9 @@
-"""Rewrite a model into another that is the same function but easier to quantize.
+"""Rewrite a model into another before anything else is done with it.
 
-Each rewrite here is a change of basis that what follows undoes, or a factor that what follows
-divides by.  None is carried out at once: a `Rewritten` source gives every tensor as it has become
-when it is read, by name and in slices.
+Nothing is carried out at once: a `Rewritten` source gives every tensor as it has become when it is
+read, by name and in slices.  What makes a model smaller is in core/narrowing.py.  Here it stays the
+same function but is easier to quantize, by a change of basis that what follows undoes, or a factor
+that what follows divides by.
 
 With x a row vector of the residual stream, Q orthogonal and W of shape (out, in):
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
@@ -35,6 +36,7 @@ from layerwise.core.structure import Structure, block_of
 
 Rotate = Literal["none", "hadamard", "orthogonal"]
 Axis = Literal["rows", "columns"]
+Widths = Literal["shared", "own"]
 
 # A pair of keys that calibration never saw larger than this is dead: it is scaled as if it were.
 DEAD = 1e-6
@@ -42,22 +44,38 @@ DEAD = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """What is rewritten before anything else is done.
+    """What is rewritten before anything else is done, in this order: blocks, units, then bases.
 
     Attributes:
         rotate: The orthogonal matrix that turns the residual stream, and the values of each head.
         seed: What is random in it.
         scale_keys: Even out the pairs of keys that rotary embeddings turn.
+        drop_blocks: How many blocks go.
+        drop_by: The measure of blocks by which the least important go.
+        narrow: The method that says which units go; "" if none do.
+        keep: Fraction of the weights of all layers that stays when units go.
+        widths: Whether all blocks keep as many units, as a configuration has it, so that files get
+            smaller; or each its own number, and units that go are zeros.
     """
 
     rotate: Rotate = "none"
     seed: int = 0
     scale_keys: bool = False
+    drop_blocks: int = 0
+    drop_by: str = "lim"
+    narrow: str = ""
+    keep: float = 1.0
+    widths: Widths = "shared"
 
     @property
     def nothing(self) -> bool:
-        """Whether the model stays as it is."""
+        """Whether bases stay as they are."""
         return self.rotate == "none" and not self.scale_keys
+
+    @property
+    def removes(self) -> bool:
+        """Whether blocks or units go."""
+        return bool(self.drop_blocks or self.narrow)
 
 
 @dataclass(frozen=True)
@@ -100,20 +118,59 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Take:
+    """Leave out all columns but some: of a convolution, the channels that it reads."""
+
+    kept: Int[Tensor, " kept"]
+
+    @property
+    def together(self) -> int:
+        """Rows that must be at hand for one of them."""
+        return 1
+
+    def on(self, rows: Tensor, start: int) -> Tensor:
+        """Some rows of a matrix."""
+        return rows.index_select(1, self.kept)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Zero some entries of an axis; the columns of a convolution are the channels it reads."""
+
+    axis: Axis
+    gone: Bool[Tensor, " entries"]
+
+    @property
+    def together(self) -> int:
+        """Rows that must be at hand for one of them."""
+        return 1
+
+    def on(self, rows: Tensor, start: int) -> Tensor:
+        """Some rows of a matrix, or entries of a vector, from `start` on."""
+        along = 0 if self.axis == "rows" else 1
+        part = self.gone if along else self.gone[start : start + len(rows)]
+        others = [1] * rows.dim()
+        others[along] = -1
+        return rows.masked_fill(part.reshape(others), 0.0)
+
+
+@dataclass(frozen=True)
 class Change:
     """What becomes of a tensor.
 
     Attributes:
         steps: What is done to it, in order.
         of: The tensor it is made of; "" for the one of its own name.
-        fill: The value of all its entries before them, whatever it held.
+        fill: What it holds before them, or all its entries do, whatever they held.
         offset: Is added before the steps and taken away after them.
+        rows: Which of its rows stay, ascending; None for all.
     """
 
-    steps: Sequence[Scale | Turn] = ()
+    steps: Sequence[Scale | Turn | Take | Erase] = ()
     of: str = ""
-    fill: float | None = None
+    fill: float | Tensor | None = None
     offset: float = 0.0
+    rows: Int[Tensor, " kept"] | None = None
 
     @property
     def together(self) -> int:
@@ -126,15 +183,17 @@ Changes = Mapping[str, Change]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A source whose tensors have become others of the same names, dtypes and shapes.
+    """A source whose tensors have become others.
 
     Attributes:
-        base: The model as it was.
+        base: The model as it was before; it may be rewritten itself.
         changes: What becomes of tensors, by name; others stay.
-        added: Tensors that `base` has no tensor of the name of.
+        added: Tensors that `base` has none of the name of, or one of another shape.
         settings: Entries of `config.json` that are others now.
         told: Digest of what was done: the same of one model means the same tensors.
         notes: What was done, for the reader of a report.
+        left: Tensors of `base` that are no more.
+        blocks: Blocks of `base`, by the names that they have now; empty if all are as they were.
     """
 
     base: Source
@@ -143,6 +202,8 @@ class Rewritten:
     settings: Mapping[str, Any]
     told: str
     notes: Sequence[str]
+    left: frozenset[str] = frozenset()
+    blocks: Mapping[str, str] = field(default_factory=dict[str, str])
     # A tensor whose rows are made together, until the last of them is read.
     _held: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, repr=False)
 
@@ -161,9 +222,16 @@ class Rewritten:
         """The model's, with the settings that changed."""
         return {**self.base.config, **self.settings}
 
+    @property
+    def all_settings(self) -> Mapping[str, Any]:
+        """Entries of `config.json` that are others than in the files."""
+        before = self.base.all_settings if isinstance(self.base, Rewritten) else {}
+        return {**before, **self.settings}
+
     @functools.cached_property
     def _tensors(self) -> Mapping[str, TensorInfo]:
-        return {**self.base.tensors, **{info.name: info for info in self.added}}
+        stay = {name: info for name, info in self.base.tensors.items() if name not in self.left}
+        return {**stay, **{info.name: info for info in self.added}}
 
     @property
     def companions(self) -> tuple[Path, ...]:
@@ -179,7 +247,8 @@ class Rewritten:
     def making(self) -> int:
         """Bytes that making a tensor takes at most: as it was, turned, and as it is stored."""
         whole = (self.tensors[name] for name, one in self.changes.items() if one.together > 1)
-        return 3 * torch.float32.itemsize * max((info.count for info in whole), default=0)
+        most = 3 * torch.float32.itemsize * max((info.count for info in whole), default=0)
+        return most + (self.base.making if isinstance(self.base, Rewritten) else 0)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor as it has become, or rows of it, in the dtype that it is stored in."""
@@ -201,10 +270,16 @@ class Rewritten:
     def _made(self, name: str, change: Change, start: int, stop: int) -> Tensor:
         together = change.together
         first, last = start // together * together, -(-stop // together) * together
-        if change.fill is None:
-            made = self.base.read(change.of or name, first, last)
-        else:
+        if isinstance(change.fill, Tensor):
+            made = change.fill[first:last]
+        elif change.fill is not None:
             made = torch.full(self.tensors[name].shape, change.fill)[first:last]
+        elif change.rows is not None:
+            rows = change.rows[first:last]
+            begin, end = int(rows[0]), int(rows[-1]) + 1
+            made = self.base.read(change.of or name, begin, end)[rows - begin]
+        else:
+            made = self.base.read(change.of or name, first, last)
         made = made.to(torch.promote_types(made.dtype, torch.float32))
         made = made + change.offset if change.offset else made
         for step in change.steps:
@@ -216,12 +291,33 @@ class Rewritten:
 
 def notes_of(source: Source) -> Sequence[str]:
     """What a model was rewritten into, for the reader of a report."""
-    return source.notes if isinstance(source, Rewritten) else ()
+    return [note for one in _rewritten(source) for note in one.notes]
+
+
+def told_of(source: Source) -> str:
+    """Digests of all that was done to a model."""
+    return " ".join(one.told for one in _rewritten(source))
 
 
 def original(source: Source) -> Source:
     """The model as it was before it was rewritten."""
-    return source.base if isinstance(source, Rewritten) else source
+    return next((one.base for one in _rewritten(source)), source)
+
+
+def stands_for(source: Source, block: str) -> str:
+    """The block of the original that one was made of."""
+    for one in reversed(_rewritten(source)):
+        block = one.blocks.get(block, block)
+    return block
+
+
+def _rewritten(source: Source) -> list[Rewritten]:
+    """What a source has become, the first rewriting first."""
+    made: list[Rewritten] = []
+    while isinstance(source, Rewritten):
+        made.insert(0, source)
+        source = source.base
+    return made
 
 
 def rewrite(

@@ -26,7 +26,7 @@ from layerwise.core.evidence import AttentionCollector, Listener, UpdateCollecto
 from layerwise.core.extras import need
 from layerwise.core.learning import BlockAnswer
 from layerwise.core.products import Answer, Answered, Attend, Follow, Listen, Tap
-from layerwise.core.rewriting import Rewritten
+from layerwise.core.rewriting import Rewritten, original, stands_for
 from layerwise.core.structure import Structure, block_of, structure
 
 _Collecting = TypeVar("_Collecting", Watcher, Listener)
@@ -130,7 +130,8 @@ class Runner:
         self.original = self
         if isinstance(source, Rewritten):
             how: Any = {"trust_remote_code": trust_remote_code, "tokens": tokens}
-            self.original = Runner(source.base, structure(source.base), device=device, **how)
+            before = original(source)
+            self.original = Runner(before, structure(before), device=device, **how)
 
     @property
     def whole(self) -> bool:
@@ -140,6 +141,20 @@ class Runner:
     def running(self, tokens: int) -> "Runner":
         """The same, with so many tokens run at once."""
         return self if tokens == self.tokens else self._other(tokens=tokens)
+
+    def originals(self, block: str) -> list[str]:
+        """Blocks of the original that lie after those before this one, up to the one it is made of.
+
+        After the last, what is left of the original.
+        """
+        if self.whole:
+            return [""]
+        inside = self.original.blocks
+        made_of = [inside.index(stands_for(self.source, one)) for one in self.blocks]
+        place = self.blocks.index(block)
+        first = made_of[place - 1] + 1 if place else 0
+        last = len(inside) if block == self.blocks[-1] else made_of[place] + 1
+        return inside[first:last]
 
     def blank(self) -> "Runner":
         """The same with weights of zeros, which take no memory: to see what running it takes."""
@@ -571,8 +586,9 @@ class _Names:
 
 def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
     """The module tree, its buffers computed, its parameters without storage."""
-    if isinstance(source, ModuleSource):
-        return _hollow(source.module)
+    before = original(source)
+    if isinstance(before, ModuleSource):
+        return _hollow(before.module)
     if not source.config:
         raise UserError(
             f"{source.label} has no config.json beside it, so the model cannot be run.",
@@ -596,10 +612,11 @@ def _skeleton(source: Source, trust_remote_code: bool) -> nn.Module:
             "Read that code, then add --trust-remote-code; or use methods that read weights alone.",
         )
     try:
-        changed = source.settings if isinstance(source, Rewritten) else {}
         config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code and known is None, **changed
+            str(folder), trust_remote_code=trust_remote_code and known is None
         )
+        if isinstance(source, Rewritten) and source.all_settings:
+            config = type(config).from_dict(dict(source.config))
         with _without_storage():
             if known is not None:
                 model = known._from_config(config, dtype=torch.float32)
@@ -692,7 +709,7 @@ def _renaming(
 
     transformers knows how each architecture names on disk what it names otherwise in memory.
     """
-    if isinstance(source, ModuleSource):
+    if isinstance(original(source), ModuleSource):
         return lambda name: (name, ())
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key

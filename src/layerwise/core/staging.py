@@ -181,9 +181,21 @@ class Staging:
         shape = slot.info.shape if expert is None else slot.info.shape[1:]
         assert tensor.dtype == slot.info.dtype, f"{name}: {tensor.dtype} for {slot.info.dtype}"
         assert tensor.shape[1:] == torch.Size(shape[1:]), f"{name}: {tensor.shape}"
-        data = raw_bytes(tensor)
-        entry = (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
-        handle, offset = self.handles[slot.file], slot.offset + entry * slot.info.dtype.itemsize
+        self.write_entries(
+            name, tensor, (expert or 0) * math.prod(shape) + row * math.prod(shape[1:])
+        )
+
+    def write_entries(self, name: str, entries: Tensor, start: int) -> None:
+        """Write a run of a tensor's entries as they lie in memory; runs of a tensor come in order.
+
+        Args:
+            name: The tensor.
+            entries: The entries, in its dtype.
+            start: Which entry the first of them is.
+        """
+        slot, data = self.arrangement.slots[name], raw_bytes(entries)
+        assert entries.dtype == slot.info.dtype, f"{name}: {entries.dtype}"
+        handle, offset = self.handles[slot.file], slot.offset + start * slot.info.dtype.itemsize
         with _room(self.out, self.arrangement.size):
             write_at(handle.fileno(), data, offset)
         self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))

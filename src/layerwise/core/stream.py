@@ -46,10 +46,10 @@ def stream(
     by_tensor: dict[str, list[Layer]] = {}
     for layer in found.layers.values():
         by_tensor.setdefault(layer.tensor, []).append(layer)
-    steps = _steps(list(source.tensors.values()))
-    progress.stage("transform", len(steps))
+    todo = steps(list(source.tensors.values()))
+    progress.stage("transform", len(todo))
     rows: list[LayerRow] = []
-    for infos in steps:
+    for infos in todo:
         rows += _step(source, infos, by_tensor, plan, format, staging, economy.read_bytes)
         progress.step(infos[0].name)
     return rows
@@ -109,13 +109,14 @@ def copy_tensor(
         del part  # before the next is read
 
 
-def _steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-    steps: list[list[TensorInfo]] = [[]]
+def steps(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+    """Tensors in runs that are finished, and recorded, together."""
+    made: list[list[TensorInfo]] = [[]]
     for info in tensors:
-        if steps[-1] and sum(i.size for i in steps[-1]) + info.size > _STEP_BYTES:
-            steps.append([])
-        steps[-1].append(info)
-    return steps
+        if made[-1] and sum(i.size for i in made[-1]) + info.size > _STEP_BYTES:
+            made.append([])
+        made[-1].append(info)
+    return made
 
 
 def _transform_tensor(

@@ -148,7 +148,7 @@ def _reason_to_leave(info: TensorInfo, facts: Family) -> str:
         (not info.dtype.is_floating_point, "holds integers"),
         (len(info.shape) < 2, "a vector (norm, bias or buffer)"),
         (not set(HEADS).isdisjoint(heads), "output head"),
-        (any(_embeds(word) for word in words), "embedding"),
+        (any(embeds(word) for word in words), "embedding"),
         (f".{module}".endswith(ROUTERS), "router: chooses experts"),
         (stacked and "expert" not in module, "a 3-D tensor that is not experts"),
         (stacked and facts is GENERIC, "experts in one 3-D tensor, whose axes are not known"),
@@ -160,7 +160,8 @@ def _reason_to_leave(info: TensorInfo, facts: Family) -> str:
     return next((reason for applies, reason in rules if applies), "")
 
 
-def _embeds(word: str) -> bool:
+def embeds(word: str) -> bool:
+    """Whether a word of a module's name says that it is an embedding."""
     return word in EMBEDDINGS or word.startswith("embed") or word.endswith(("embed", "embeddings"))
 
 

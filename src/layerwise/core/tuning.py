@@ -14,7 +14,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,21 +46,27 @@ class Tuned:
         biases: Biases that were moved.
         kl: KL of the answers on windows kept apart, before biases were learned and after; None
             where they were corrected in one step.
+        recovered: Pruned layers that were learned anew, with all vectors of the block.
+        error: Mean square of what the block's answer lost on windows kept apart, before and after.
     """
 
     norms: int = 0
     biases: int = 0
     kl: tuple[float, float] | None = None
+    recovered: int = 0
+    error: tuple[float, float] = (0.0, 0.0)
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""
-        return {"norms": self.norms, "biases": self.biases, "kl": self.kl}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Tuned":
         """What `as_json` gave."""
-        kl = content["kl"]
-        return cls(content["norms"], content["biases"], None if kl is None else (kl[0], kl[1]))
+        kl, (before, after) = content["kl"], content["error"]
+        kept = None if kl is None else (kl[0], kl[1])
+        recovered, error = content["recovered"], (before, after)
+        return cls(content["norms"], content["biases"], kept, recovered, error)
 
 
 def told(parts: Iterable[Tuned]) -> list[str]:
@@ -68,6 +74,12 @@ def told(parts: Iterable[Tuned]) -> list[str]:
     parts = list(parts)
     norms, biases = sum(one.norms for one in parts), sum(one.biases for one in parts)
     lines: list[str] = []
+    if recovered := sum(one.recovered for one in parts):
+        before, after = (sum(one.error[place] for one in parts) for place in (0, 1))
+        lines.append(
+            f"recovered: {recovered} pruned layers, with norms and biases, block by block: errors "
+            f"of answers {before:.4g} to {after:.4g} on windows kept apart"
+        )
     if norms:
         lines.append(f"tuned: mean and variance of {norms} batch norms, on the calibration data")
     if biases:

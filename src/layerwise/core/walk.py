@@ -17,7 +17,14 @@ from layerwise.core.candidates import Candidates, Losses, Options
 from layerwise.core.carried import Activations, Shelf, Stored, filled
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import GRAD, AttentionCollector, Collector, calibrated_words
+from layerwise.core.evidence import (
+    BY_LAYER,
+    GRAD,
+    SLOPES,
+    AttentionCollector,
+    Collector,
+    calibrated_words,
+)
 from layerwise.core.fisher import WeightGradients
 from layerwise.core.fold import fold
 from layerwise.core.format import Format
@@ -26,7 +33,9 @@ from layerwise.core.outcome import LayerRow
 from layerwise.core.plan import LayerPlan, Plan
 from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
+from layerwise.core.recovery import recovered, recovers
 from layerwise.core.runner import Runner
+from layerwise.core.slopes import WeightSlopes
 from layerwise.core.staging import Staging
 from layerwise.core.stream import LayerWriter, copy_tensor
 from layerwise.core.structure import Layer, Structure, by_input
@@ -276,7 +285,12 @@ class _Block:
         means: Mapping[str, Tensor] = {}
         if carried is not None and "bias" in self.plan.tune and not self.runner.whole:
             means = input_means(self.runner, self.block, self.layers, carried)
-        rows, rest = self._transform(seen, original, candidates, changed, answers, means)
+        waiting: list[Transformed] = []
+        rows, rest = self._transform(seen, original, candidates, changed, answers, means, waiting)
+        if waiting and (shown := hidden()) is not None:
+            waiting, vectors = self._recover(waiting, shown, {**changed, **rest})
+            rest |= vectors
+        rows += [self._finish_layer(result, changed, answers) for result in waiting]
         source = self.runner.source
         outside = _restored_rest(source, self.format, [n for n in names if n not in changed])
         if carried is not None:
@@ -297,11 +311,14 @@ class _Block:
         answers: Mapping[str, Answer] | None = None,
     ) -> None:
         for name in names:
-            hidden = self.states[name]
-            runner = _runs(self.runner, name)
-            parts = runner.carry(self.block, hidden, changed, answers=answers)
-            step = _step(self.block)
-            self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
+            runner, blocks = self.runner, [self.block]
+            if name in _ORIGINAL:
+                runner, blocks = runner.original, runner.originals(self.block)
+            for block in blocks:
+                hidden = self.states[name]
+                parts = runner.carry(block, hidden, changed, answers=answers)
+                step = _step(block)
+                self.states[name] = self.held.keep(step, name, parts, len(hidden), hidden)
 
     def _transform(
         self,
@@ -311,12 +328,14 @@ class _Block:
         changed: dict[str, Tensor],
         answers: dict[str, Answer],
         means: Mapping[str, Tensor],
+        waiting: list[Transformed],
     ) -> tuple[list[LayerRow], dict[str, Tensor]]:
         """Transform every layer and write it, and give what other tensors are to become.
 
-        What a loader of the output will make of the layers is put into `changed`; what layers
-        answer whose inputs are rounded, into `answers`.  `means` are of inputs whose layers are to
-        keep the mean of their answer.
+        Layers that are to be learned anew are put into `waiting` instead.  What a loader of the
+        output will make of the layers is put into `changed`; what layers answer whose inputs are
+        rounded, into `answers`.  `means` are of inputs whose layers are to keep the mean of their
+        answer.
         """
         source = self.runner.source
         rows: list[LayerRow] = []
@@ -332,7 +351,13 @@ class _Block:
             for result in done:
                 folded |= self._corrected(result, folded, means)
             while done:
-                rows.append(self._finish_layer(done.pop(0), changed, answers))
+                result = done.pop(0)
+                if recovers(self.plan, result):
+                    info = source.tensors[result.layer.tensor]
+                    changed[info.name] = result.layer.store(result.weight, info.shape)
+                    waiting.append(result)
+                else:
+                    rows.append(self._finish_layer(result, changed, answers))
             if scale is not None:
                 feeder = group[0].feeder
                 names = [f"{feeder}.{kind}" for kind in ("weight", "bias")]
@@ -381,6 +406,24 @@ class _Block:
             biases, kl = learned_biases(self.runner, hidden[:], targets, changed)
             rest |= biases
             self.tuned = replace(self.tuned, biases=len(biases), kl=kl)
+
+    def _recover(
+        self, waiting: Sequence[Transformed], hidden: Activations, changed: Mapping[str, Tensor]
+    ) -> tuple[list[Transformed], dict[str, Tensor]]:
+        """Pruned layers learned anew, with the vectors that were learned beside them."""
+        inputs = hidden[:]
+        done, vectors, error = recovered(
+            self.runner,
+            self.block,
+            waiting,
+            catalogue.get(f"recover/{self.plan.recover}"),
+            self.plan.options,
+            inputs=inputs,
+            targets=self.runner.forward(self.block, inputs, {}),
+            changed=changed,
+        )
+        self.tuned = replace(self.tuned, recovered=len(done), error=error)
+        return done, vectors
 
     def _learned(
         self,
@@ -509,7 +552,7 @@ def gather(
     hidden: Activations | None,
 ) -> Mapping[str, Mapping[str, object]]:
     """What calibration shows of every input in a block, by `Layer.reads`."""
-    if hidden is None or not words - {GRAD}:
+    if hidden is None or not words - BY_LAYER:
         return {}
     first = {reads: group[0] for reads, group in by_input(layers).items()}
     collectors = {layer.name: Collector(layer, words) for layer in first.values()}
@@ -524,7 +567,8 @@ def gather(
 class Seen:
     """What calibration shows of a block's inputs: of all in one pass, or a pass for each.
 
-    Where methods read them, the gradients of its layers' weights are among it, by layer.
+    Where methods read them, the gradients of its layers' weights, and slopes of the loss along
+    random directions, are among it, by layer.
 
     Nothing is run before something is asked for.
     """
@@ -536,6 +580,7 @@ class Seen:
     hidden: Activations | Callable[[], Activations | None]
     input_by_input: bool
     gradients: WeightGradients | None = None
+    slopes: WeightSlopes | None = None
     all: dict[str, Mapping[str, object]] | None = None
     last: str = ""
 
@@ -556,14 +601,23 @@ class Seen:
         return self.hidden() if callable(self.hidden) else self.hidden
 
     def _gather(self, layers: Sequence[Layer]) -> Mapping[str, Mapping[str, object]]:
-        made = gather(self.runner, self.block, layers, self.words, self.carried())
-        if self.gradients is None:
+        hidden = self.carried()
+        made = gather(self.runner, self.block, layers, self.words, hidden)
+        found: dict[str, Mapping[str, Tensor]] = {}
+        if self.gradients is not None:
+            found[GRAD] = self.gradients.of(self.block, layers)
+        if self.slopes is not None and hidden is not None:
+            found[SLOPES] = self.slopes.of(self.block, layers, hidden)
+        if not found:
             return made
-        found = self.gradients.of(self.block, layers)
         return {
-            reads: {**made.get(reads, {}), GRAD: {one.name: found[one.name] for one in group}}
+            reads: {**made.get(reads, {}), **{w: _of(group, found[w]) for w in found}}
             for reads, group in by_input(layers).items()
         }
+
+
+def _of(group: Sequence[Layer], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {layer.name: found[layer.name] for layer in group}
 
 
 def _transform_group(

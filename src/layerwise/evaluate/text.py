@@ -14,7 +14,10 @@ from layerwise.core.text import Windows
 
 
 def compare(
-    windows: Windows, results: Sequence[Iterable[Tensor]], before: Iterable[Tensor] | None
+    windows: Windows,
+    results: Sequence[Iterable[Tensor]],
+    before: Iterable[Tensor] | None,
+    first: int = 0,
 ) -> list[Comparison]:
     """Perplexity, and divergence from the original, over windows of text.
 
@@ -25,6 +28,7 @@ def compare(
         windows: What was read: token ids, (windows, length).
         results: For each model to judge its logits, batch after batch, (batch, length, vocabulary).
         before: The same of the original, in the same batches.
+        first: Only what a window's tokens from this one on foretell is judged.
 
     Returns:
         One for each of `results`, all from one reading of the original.
@@ -38,18 +42,18 @@ def compare(
     originals = None if before is None else iter(before)
     start = 0
     while start < len(ids):
-        reference = None if originals is None else _scored(next(originals))
+        reference = None if originals is None else _scored(next(originals), first)
         size = 0
         for stream, measured in zip(streams, seen, strict=True):
-            scored = _scored(next(stream))
+            scored = _scored(next(stream), first)
             size = len(scored)
-            measured.append(_per_window(scored, reference, ids[start : start + size]))
+            measured.append(_per_window(scored, reference, ids[start : start + size, first:]))
         start += size
-    return [_comparison(windows, torch.cat(measured)) for measured in seen]
+    return [_comparison(windows, torch.cat(measured), first) for measured in seen]
 
 
-def _scored(logits: Tensor) -> Tensor:
-    return functional.log_softmax(logits[:, :-1].float(), dim=-1)
+def _scored(logits: Tensor, first: int) -> Tensor:
+    return functional.log_softmax(logits[:, first:-1].float(), dim=-1)
 
 
 def _per_window(
@@ -73,7 +77,9 @@ def _cross_entropy(scored: Tensor, ids: Tensor) -> Tensor:
     return -scored.gather(2, ids[:, 1:, None]).sum(dim=(1, 2), dtype=torch.float64)
 
 
-def _comparison(windows: Windows, measured: Float64[Tensor, "windows columns"]) -> Comparison:
+def _comparison(
+    windows: Windows, measured: Float64[Tensor, "windows columns"], first: int
+) -> Comparison:
     count, length = windows.ids.shape
     entropy, *rest = measured.mean(dim=0).tolist()
     if not math.isfinite(entropy):
@@ -85,7 +91,7 @@ def _comparison(windows: Windows, measured: Float64[Tensor, "windows columns"]) 
     entropy_before_error, kl_error, top1_error = errors or (None, None, None)
     added = measured[:, :1] - measured[:, 1:2] if rest else None
     return Comparison(
-        tokens=count * (length - 1),
+        tokens=count * (length - 1 - first),
         perplexity=math.exp(entropy),
         perplexity_before=None if entropy_before is None else math.exp(entropy_before),
         kl=kl,

@@ -36,6 +36,13 @@ from layerwise.evaluate.tasks import (
 from layerwise.evaluate.text import compare
 from layerwise.flow.detecting import Suspects, detected, suspects
 from layerwise.flow.loading import answers, load
+from layerwise.flow.sparsifying import (
+    CALIBRATION_WINDOWS,
+    Judged,
+    Skipping,
+    kind,
+    sparsified,
+)
 
 Loader = Callable[[torch.dtype], Any]
 
@@ -53,6 +60,7 @@ class Asked:
         images: Labelled pictures.
         mean: Mean of each channel of them, instead of the checkpoint's own.
         std: Standard deviation of each channel.
+        sparsify: What the model is to leave out; it is then compared with itself.
         detect: Texts that a model may have written.
     """
 
@@ -64,6 +72,7 @@ class Asked:
     images: Images | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    sparsify: Skipping | None = None
     detect: Labels | Sequence[str] | None = None
 
 
@@ -72,6 +81,7 @@ class _Checked:
     """What was asked, found and fit for the models, none of which is loaded yet."""
 
     windows: Windows | None
+    calibration: Windows | None
     tasks: FoundTasks | None
     pictures: tuple[Pictures, Preparer, str] | None
     suspects: Suspects | None
@@ -97,6 +107,8 @@ def assess(
     """
     if asked.images is None and (asked.mean is not None or asked.std is not None):
         raise UserError("a mean or std was given, and no images.", "Give images too.")
+    if asked.sparsify is not None:
+        _check_sparse(asked.sparsify, asked, against)
     if isinstance(model, nn.Module) or isinstance(against, nn.Module):
         return _assess_modules(model, against, asked)
     source = open_checkpoint(model)
@@ -110,6 +122,8 @@ def assess(
         plain = functools.partial(loaded, torch.float32)
         base_plain = None if base_loaded is None else functools.partial(base_loaded, torch.float32)
         tasks, notes = answer_tasks(checked.tasks, source, plain, base, base_plain)
+    if asked.sparsify is not None:
+        return _sparse(source.label, checked, loaded, asked.sparsify, asked.noise_floor)
     text, floor = _on_text(checked.windows, loaded, base_loaded, asked.noise_floor)
     return Evaluation(
         model=source.label,
@@ -121,6 +135,55 @@ def assess(
         notes=notes,
         detection=_on_suspects(checked.suspects, loaded),
     )
+
+
+def _check_sparse(wanted: Skipping, asked: Asked, against: object) -> None:
+    """Refuse what a model that leaves work out is not judged on."""
+    method = wanted.found()
+    if any(one is not None for one in (against, asked.tasks, asked.detect)):
+        raise UserError(
+            f"with {method.id} a model is compared with itself, on text or images.",
+            "Leave out the other model, the tasks and the texts to detect.",
+        )
+    pictures = kind(method) == "attentions"
+    if pictures and (asked.images is None or asked.text is not None):
+        raise UserError(f"{method.id} drops tokens of pictures.", "Give images, and no text.")
+    if not pictures and asked.images is not None and kind(method) != "activations":
+        raise UserError(f"{method.id} is for models of text.", "Give a text instead of images.")
+    if kind(method) == "scores" and wanted.calibration is None:
+        raise UserError(
+            f"{method.id} goes by what blocks contribute to the answers to a text.",
+            "Give a calibration text.",
+        )
+
+
+def _sparse(
+    label: str, checked: _Checked, loaded: Loader, wanted: Skipping, noise_floor: bool
+) -> Evaluation:
+    """A model with work left out, against itself as it is."""
+    model = loaded(torch.float32)
+    calibration = None if checked.calibration is None else checked.calibration.ids
+    with sparsified(model, wanted, calibration) as sparse:
+        judged = Judged(sparse, wanted)
+        if checked.pictures is not None:
+            pictures, prepare, said = checked.pictures
+            asks = [judged.asked(model, dense=dense) for dense in (False, True)]
+            images = compare_images(pictures, prepare, said, *asks)
+            return Evaluation(label, label, images=images, savings=judged.savings())
+        assert checked.windows is not None
+        ids = checked.windows.ids
+        results = [judged.answers(ids)]
+        if noise_floor:
+            results.append(answers(loaded(FLOOR_DTYPE), ids))
+        first = judged.first(ids.shape[1])
+        found = compare(checked.windows, results, judged.dense(ids), first)
+        return Evaluation(
+            label,
+            label,
+            text=found[0],
+            noise_floor=found[1] if noise_floor else None,
+            savings=judged.savings(ids.shape[1]),
+        )
 
 
 def _on_suspects(found: Suspects | None, loaded: Loader) -> Detection | None:
@@ -156,7 +219,15 @@ def _check(source: Checkpoint, base: Checkpoint | None, asked: Asked) -> _Checke
                 f"{base.config.get('vocab_size')}.",
                 "Give the model that it was made from.",
             )
-    return _Checked(chosen, tasks, pictures, found)
+    calibration = None
+    if asked.sparsify is not None and asked.sparsify.calibration is not None:
+        calibration = windows(
+            source,
+            asked.sparsify.calibration,
+            samples=CALIBRATION_WINDOWS,
+            length=asked.length,
+        )
+    return _Checked(chosen, calibration, tasks, pictures, found)
 
 
 def _loader(source: Checkpoint, trust_remote_code: bool) -> Loader:
@@ -239,10 +310,24 @@ def _assess_modules(
             )
     pictures = read_pictures(asked.images)
     prepare, said = module_preparer(asked.mean, asked.std)
+    if asked.sparsify is not None:
+        return _sparse_module(modules[0], asked.sparsify, pictures, prepare, said)
     asks = [functools.partial(_ask, module) for module in modules]
     scores = compare_images(pictures, prepare, said, asks[0], asks[1] if len(asks) > 1 else None)
     labels = [type(module).__name__ for module in modules]
     return Evaluation(labels[0], labels[1] if len(labels) > 1 else None, images=scores)
+
+
+def _sparse_module(
+    module: nn.Module, wanted: Skipping, pictures: Pictures, prepare: Preparer, said: str
+) -> Evaluation:
+    label = type(module).__name__
+    with sparsified(module, wanted, None) as sparse:
+        judged = Judged(sparse, wanted)
+        ask = functools.partial(_ask, module)
+        asks = [judged.asked(ask, dense=dense) for dense in (False, True)]
+        images = compare_images(pictures, prepare, said, *asks)
+        return Evaluation(label, label, images=images, savings=judged.savings())
 
 
 def _ask(module: nn.Module, pixels: Tensor) -> Any:

@@ -22,9 +22,9 @@ from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.format import Format
 from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
-from layerwise.core.plan import Plan, read_plan, to_yaml
+from layerwise.core.plan import Plan, read_plan, read_rewriting, to_yaml
 from layerwise.core.progress import Progress
-from layerwise.core.rewriting import Rewritten, notes_of
+from layerwise.core.rewriting import Rewritten, notes_of, original
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Staging, check_target, stage
 from layerwise.core.stream import stream
@@ -51,10 +51,10 @@ from layerwise.flow.preparing import (
     check,
     check_disk,
     prepare,
-    rewritten,
 )
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.proving import predicted
+from layerwise.flow.rewriting import rewritten
 from layerwise.flow.wish import Wish
 from layerwise.report.html import html
 
@@ -111,15 +111,21 @@ def compress(
     if max_memory:
         memory_limit(max_memory)  # what is no amount is refused before anything is read
     source = open_source(model)
-    ready = read_plan(plan, structure(source)) if isinstance(plan, Path) else plan
+    asked = plan if isinstance(plan, Plan) else wish
+    first = read_rewriting(plan) if isinstance(plan, Path) else (asked.rewriting, asked.options)
+    if plan is None:
+        wish.methods()  # what is misspelt is refused before a model is run
     source = rewritten(
         source,
-        (ready or wish).rewriting,
+        first[0],
         texts,
+        options=first[1],
         device=device,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     found = structure(source)
+    ready = read_plan(plan, found) if isinstance(plan, Path) else plan
     methods = ready.methods() if ready else wish.methods()
     format = export.get(ready.format if ready else wish.format, source, (ready or wish).options)
     prepared = prepare(
@@ -140,6 +146,9 @@ def compress(
     else:
         planned = Planned(ready)
     ready = planned.plan
+    if not (ready.words() or ready.needing):
+        # What said which blocks or units go is done with the text.
+        prepared = replace(prepared, calibration=None)
     arrangement = check(prepared, ready)
     apart = layer_windows if planned.curves else 0
     seen = foresight(
@@ -301,7 +310,7 @@ def _small_files(
     source = prepared.source
     files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
     added = format.config(plan, prepared.found)
-    if added or isinstance(source, Rewritten):
+    if source.config and (added or isinstance(source, Rewritten)):
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files |= format.files(plan, prepared.found)
@@ -353,8 +362,8 @@ def _prove(
     memory.settle()
     ids = prepared.heldout.ids[:PROOF_WINDOWS]
     source, written = prepared.source, open_checkpoint(folder)
-    if isinstance(source, ModuleSource):
-        model = load_into(written, source.module).float()
+    if isinstance(before := original(source), ModuleSource):
+        model = load_into(written, before.module).float()
         loader = "safetensors"
     else:
         model = load(written, trust_remote_code=trust_remote_code)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from layerwise import __version__
+from layerwise.core.blend import Blend
 from layerwise.core.cache import Cache
 from layerwise.core.candidates import Candidates
 from layerwise.core.checkpoint import Checkpoint, ModuleSource
 from layerwise.core.packing import raw_bytes
+from layerwise.core.parents import Parents
 from layerwise.core.plan import Plan
-from layerwise.core.rewriting import Rewritten, original
+from layerwise.core.rewriting import original, told_of
 from layerwise.flow.preparing import Prepared
 
 _CHUNK = 1 << 24
@@ -26,7 +28,28 @@ def run_identity(prepared: Prepared, plan: Plan) -> str:
     """Says what a compression is; a stopped one is only taken up by the same."""
     work = {name: asdict(layer.work) for name, layer in plan.layers.items()}
     options = {id: dict(chosen) for id, chosen in plan.options.items()}
-    return _digest(prepared, [plan.format, plan.inputs, work, options, list(plan.tune)])
+    return _digest(
+        prepared, [plan.format, plan.inputs, work, options, list(plan.tune), plan.recover]
+    )
+
+
+def merge_identity(found: Parents, blend: Blend, asked: Any) -> str:
+    """Says what a merge is; the order in which its models were given is no part of it."""
+    everyone = [*found.models, *([found.base] if found.base else [])]
+    settings = {
+        name: [found.ordered(list(one.shares)) if one.shares else [], dict(one.options)]
+        for name, one in blend.settings.items()
+    }
+    said = [__version__, blend.method, settings, asked, found.base is None]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for one in everyone:
+        digest.update(json.dumps(dict(one.config), sort_keys=True, default=str).encode())
+        for info in one.tensors.values():
+            digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+        for file in sorted(set(one.files.values())) if isinstance(one, Checkpoint) else ():
+            digest.update(_stamp(file).encode())
+    digest.update(" ".join(found.digests).encode())
+    return digest.hexdigest()
 
 
 def sweep_identity(prepared: Prepared, points: Sequence[Mapping[str, Any]]) -> str:
@@ -38,7 +61,7 @@ def _digest(prepared: Prepared, asked: Any) -> str:
     """Digest of what is asked for, and of the model, texts and device it is asked of."""
     source = original(prepared.source)
     said = [__version__, asked, dict(source.config), _device(prepared), prepared.noise_floor]
-    said.append(_rewriting(prepared))
+    said.append(told_of(prepared.source))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for info in source.tensors.values():
         digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
@@ -63,7 +86,7 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
     if text is None or cache.folder is None:
         return Candidates(Cache(None), "")
     said = [__version__, torch.__version__, _code(), dict(source.config), _device(prepared)]
-    said.append(_rewriting(prepared))
+    said.append(told_of(prepared.source))
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     if isinstance(source, Checkpoint):
         for file in sorted(set(source.files.values())):
@@ -75,10 +98,6 @@ def candidates_of(prepared: Prepared, cache: Cache) -> Candidates:
     digest.update(f"{tuple(text.ids.shape)}".encode())
     digest.update(raw_bytes(text.ids))
     return Candidates(cache, digest.hexdigest())
-
-
-def _rewriting(prepared: Prepared) -> str:
-    return prepared.source.told if isinstance(prepared.source, Rewritten) else ""
 
 
 def _device(prepared: Prepared) -> str:

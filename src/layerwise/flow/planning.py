@@ -100,7 +100,7 @@ def make_plan(
         layers = everywhere(even, found, prepared.source, wish.options)
         inputs = wish.inputs or "transformed"
         plan = Plan(layers, wish.format, wish.options, inputs=inputs, server=wish.server)
-        return Planned(replace(plan, rewriting=wish.rewriting, tune=wish.tune))
+        return Planned(_beside(plan, wish))
     if wish.shares_bytes:
         market = markets.of_bytes(wish, prepared)
     else:
@@ -143,6 +143,11 @@ def make_plan(
     noted = (f"while the plan was looked for, {note}" for note in economy.notes())
     planned = sale.planned(bought)
     return replace(planned, notes=[*planned.notes, *noted], foreseen=foreseen)
+
+
+def _beside(plan: Plan, wish: Wish) -> Plan:
+    """A plan with what is asked for beside its layers."""
+    return replace(plan, rewriting=wish.rewriting, tune=wish.tune, recover=wish.recover)
 
 
 def _levels(
@@ -288,7 +293,7 @@ class _Sale:
         budget = wish.budget or (f"KL at most {wish.max_kl:g}" if wish.max_kl else "")
         inputs = wish.inputs or "original"
         plan = Plan(ordered, wish.format, wish.options, budget, inputs, wish.server)
-        return replace(plan, rewriting=wish.rewriting, tune=wish.tune)
+        return _beside(plan, wish)
 
     def planned(self, bought: Sequence[int]) -> Planned:
         """The plan, with what it was chosen from."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from layerwise import builtin, export
 from layerwise.core import catalogue, memory
 from layerwise.core.ablation import ANSWERED
+from layerwise.core.catalogue import EVIDENCE
 from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
@@ -19,10 +20,10 @@ from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.format import Format
 from layerwise.core.labelled import Labelled, Labels, labelled
 from layerwise.core.plan import Plan, check_plan
-from layerwise.core.rewriting import Rewriting, pair_peaks, rewrite, stream_of
+from layerwise.core.rewriting import original
 from layerwise.core.runner import Runner
 from layerwise.core.staging import Arrangement, partial_folder
-from layerwise.core.structure import Structure, structure
+from layerwise.core.structure import Structure
 from layerwise.core.text import Text, Windows, windows
 from layerwise.core.tuning import check_tuning
 from layerwise.export.servers import check_server
@@ -71,40 +72,6 @@ class Prepared:
     labelled: Labelled | None = None
 
 
-def rewritten(
-    source: Source,
-    asked: Rewriting,
-    texts: Texts,
-    *,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> Source:
-    """A model as it is to be rewritten before anything else is done with it.
-
-    Raises:
-        UserError: It cannot be, or a text that this takes is not there.
-    """
-    if not asked.scale_keys:
-        return rewrite(source, asked)
-    stream = stream_of(source, asked)
-    text = texts.calibration or ("builtin" if source.label == builtin.NAME else None)
-    if text is None:
-        raise UserError(
-            "--scale-keys learns from the keys that a text gives, and no text was given.",
-            "Add --calibration TEXT.",
-        )
-    found = structure(source)
-    shown = windows(source, text, samples=texts.samples, length=texts.length)
-    runner = Runner(source, found, device=_device(device), trust_remote_code=trust_remote_code)
-    keys = [name for name in found.layers if name.endswith(f".{stream.queries[1]}")]
-    watching = {name: pair_peaks(source, name) for name in keys}
-    hidden = runner.start(shown.ids)
-    for block in runner.blocks:
-        inside = {name: one for name, one in watching.items() if name.startswith(block)}
-        hidden = runner.forward(block, hidden, {}, inside)
-    return rewrite(source, asked, {name: one.peaks for name, one in watching.items()})
-
-
 def prepare(
     source: Source,
     found: Structure,
@@ -128,11 +95,9 @@ def prepare(
             `format` back for the proof is not installed.
     """
     memory.settle()
-    device = _device(device)
+    device = device_of(device)
     needy = [*(method.id for method in methods if method.calibrated), *needing]
-    text = texts.calibration
-    if text is None and source.label == builtin.NAME:
-        text = "builtin"
+    text = calibration_text(source, texts)
     if needy and text is None:
         raise UserError(
             f"{needy[0]} learns from what {source.label} sees of a text, and no text was given.",
@@ -141,9 +106,9 @@ def prepare(
         )
     if text is not None:
         needy += learning
-    _check_loss(source, methods)
+    check_loss(source, methods)
     probing = _labelled(source, methods, texts)
-    if isinstance(source, ModuleSource):
+    if isinstance(original(source), ModuleSource):
         if format is not None and format.directory and proof != "none":
             raise UserError(
                 f"{source.label} is in memory, and {' and '.join(format.packages)} load a model's "
@@ -188,8 +153,19 @@ def _labelled(source: Source, methods: Sequence[catalogue.Method], texts: Texts)
     return labelled(source, texts.labels, examples=texts.label_examples, length=texts.length)
 
 
-def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
-    """Refuse what takes a distribution for a model that answers with features."""
+def calibration_text(source: Source, texts: Texts) -> Text | None:
+    """What evidence is gathered on: what was given, or what comes with a built-in model."""
+    if texts.calibration is None and source.label == builtin.NAME:
+        return "builtin"
+    return texts.calibration
+
+
+def check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
+    """Refuse what takes a distribution for a model that answers with features.
+
+    Raises:
+        UserError: It names a method that reads them.
+    """
     answering = [method.id for method in methods if ANSWERED.intersection(method.evidence)]
     architecture = (source.config.get("architectures") or [""])[0]
     if answering and architecture and not architecture.endswith(LANGUAGE_MODELS):
@@ -198,7 +174,7 @@ def _check_loss(source: Source, methods: Sequence[catalogue.Method]) -> None:
             f"{architecture}.",
             "Give the model with its language-modelling head.",
         )
-    needy = [method.id for method in methods if method.needs == "gradients"]
+    needy = [m.id for m in methods if any(EVIDENCE[word] == "gradients" for word in m.evidence)]
     if needy and architecture and not _has_head(architecture):
         raise UserError(
             f"{needy[0]} reads gradients of a loss, and {source.label} is a {architecture}, which "
@@ -212,7 +188,12 @@ def _has_head(architecture: str) -> bool:
     return "For" in architecture or architecture.endswith(LANGUAGE_MODELS)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Where blocks are put.
+
+    Raises:
+        UserError: There is no such device, or none here.
+    """
     there = torch.cuda.is_available()
     if name not in ("cpu", "cuda", "auto"):
         raise UserError(f"there is no device {name!r}.", "Give cpu, cuda or auto.")
@@ -222,7 +203,7 @@ def _device(name: str) -> str:
 
 
 def _prepared_module(
-    source: ModuleSource, found: Structure, texts: Texts, needy: bool, proof: Proving, device: str
+    source: Source, found: Structure, texts: Texts, needy: bool, proof: Proving, device: str
 ) -> Prepared:
     """A module takes tensors as they are; without others, calibration inputs prove the files."""
     given = {"calibration": texts.calibration, "text": texts.heldout}

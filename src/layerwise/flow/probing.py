@@ -1,6 +1,5 @@
 """The KL of a model under a plan, found without writing it: from the candidates of its layers."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from layerwise.core.progress import Progress
 from layerwise.core.runner import Runner
 from layerwise.core.text import Windows
 from layerwise.evaluate.text import compare
+from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared
 
 
@@ -78,36 +78,25 @@ class Probe:
             for name in self._inside(block):
                 if plans[name].steps:
                     self._change(changed, answers, name, plans[name])
-            parts = original.carry(block, before, {})
-            before = self.shelf.keep("before", parts, count, before)
+            for earlier in self.runner.originals(block):
+                parts = original.carry(earlier, before, {})
+                before = self.shelf.keep("before", parts, count, before)
             parts = self.runner.carry(block, after, changed, answers=answers)
             after = self.shelf.keep("after", parts, count, after)
         return before, after
 
     def apart(self, plans: Mapping[str, LayerPlan], progress: Progress) -> dict[str, float]:
-        """The same with one layer at a time under its plan, for every layer.
+        """The same with one layer at a time under its plan, for every layer."""
 
-        All are carried through the model together: each block is read once for those that were
-        changed before it, and once for each of its own layers.
-        """
-        progress.stage("probe", len(self.runner.blocks))
-        count = len(self.ids)
-        # The original's windows, and after them those of each layer that was changed so far.
-        carried = self.shelf.keep("carried", self.runner.starting(self.ids), count)
-        names: list[str] = []
-        for block in self.runner.blocks:
+        def begun(block: str, hidden: Activations) -> dict[str, Iterator[Tensor]]:
             fresh = [name for name in self._inside(block) if plans[name].steps]
-            parts = itertools.chain(
-                self.runner.carry(block, carried, {}),
-                *(self._with(name, plans[name], block, carried) for name in fresh),
-            )
-            names += fresh
-            carried = self.shelf.keep("carried", parts, count * (1 + len(names)))
-            progress.step(block)
+            return {name: self._with(name, plans[name], block, hidden) for name in fresh}
+
+        carried = Apart(self.runner, self.ids, begun, self.shelf, progress)
         outer, measured = self.runner.outer(), dict.fromkeys(plans, 0.0)
-        for number, name in enumerate(names, 1):
-            after = carried[count * number : count * (number + 1)]
-            measured[name] = self._divergence(self.runner, carried[:count], after, outer)
+        for name in carried.names:
+            after = carried.of(name)
+            measured[name] = self._divergence(self.runner, carried.original, after, outer)
         return measured
 
     def made(self, name: str, plan: LayerPlan) -> Transformed:
@@ -130,13 +119,12 @@ class Probe:
         return done
 
     def _with(
-        self, name: str, plan: LayerPlan, block: str, carried: Activations
+        self, name: str, plan: LayerPlan, block: str, hidden: Activations
     ) -> Iterator[Tensor]:
         """The original's windows through a block with one of its layers under a plan."""
         changed: dict[str, Tensor] = {}
         answers: dict[str, Answer] = {}
         self._change(changed, answers, name, plan)
-        hidden = carried[: len(self.ids)]
         yield from self.runner.carry(block, hidden, changed, answers=answers)
 
     def _inside(self, block: str) -> list[str]:

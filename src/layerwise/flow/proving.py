@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
-
-from scipy import stats
 
 from layerwise.core.candidates import Candidates
 from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
 from layerwise.core.outcome import Comparison, LayerRow, Prediction
 from layerwise.core.progress import Progress
+from layerwise.flow.agreeing import rank_correlation
 from layerwise.flow.planning import Planned
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.probing import Probe
@@ -70,15 +68,6 @@ def predicted(
         sensitivity=planned.sensitivity,
         predicted=sum(costs.values()) if in_nats else None,
         measured=comparison.kl or 0.0,
-        rank_correlation=_rank_correlation(pairs),
+        rank_correlation=rank_correlation(*zip(*pairs, strict=True)),
         layers=len(names),
     )
-
-
-def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's; None where all are alike on one side."""
-    if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
-        return None
-    foreseen, measured = zip(*pairs, strict=True)
-    found = cast(Any, stats.spearmanr(foreseen, measured))
-    return float(found.statistic)

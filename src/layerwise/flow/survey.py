@@ -1,6 +1,7 @@
 """Look at every layer of a model without changing it: scores, and the error at each level."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,20 +11,24 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.apply import Made, Transformed, transform
 from layerwise.core.candidates import Candidates, Losses, Options
-from layerwise.core.carried import Activations, shelf
+from layerwise.core.carried import Activations, Shelf, shelf
+from layerwise.core.catalogue import PAIRED
 from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import GRAD, calibrated_words, of_layer
+from layerwise.core.evidence import GRAD, SLOPES, calibrated_words, of_layer
 from layerwise.core.fisher import WeightGradients
 from layerwise.core.joint import learned_together
 from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
 from layerwise.core.results import Coded, record
+from layerwise.core.runner import Runner
+from layerwise.core.slopes import WeightSlopes
 from layerwise.core.structure import Layer, Structure, by_input
 from layerwise.core.walk import Seen, alone
+from layerwise.flow.pairing import BEFOREHAND, Told, evidence_for
 from layerwise.flow.preparing import Prepared
-from layerwise.flow.views import Views, weight_of
+from layerwise.flow.views import View, Views, weight_of
 
 # What a measure answered, by layer and name.
 Records = Mapping[str, Mapping[str, float]]
@@ -41,12 +46,14 @@ class Survey:
         records: What measures answered, by measure, layer and name; the name of a measure's one
             number is "".
         about: What measures say of the whole model, by measure and name.
+        refused: Measures that cannot be had of this model, with the reason.
     """
 
     levels: Mapping[str, Sequence[LayerPlan]]
     losses: Mapping[str, Losses]
     records: Mapping[str, Records]
     about: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -81,6 +88,8 @@ def survey(
     *,
     options: Options,
     measures: Sequence[catalogue.Method] = (),
+    base: Source | None = None,
+    lenient: bool = False,
     candidates: Candidates | None = None,
     economy: Economy = LAVISH,
     progress: Progress,
@@ -93,6 +102,8 @@ def survey(
         options: Options of methods, by id.
         measures: Measures of a layer or a block; those that read an approximation see the first
             level.
+        base: Another model of the same layers, for measures that compare with it.
+        lenient: Leave out a measure that refuses a layer, with its reason, instead of stopping.
         candidates: Where what levels make of layers is kept; what is there is not made again.
         economy: What to hold on disk, and how much to take up at a time.
         progress: Is told of each block.
@@ -104,6 +115,7 @@ def survey(
     tried = [catalogue.get(id) for plans in levels.values() for p in plans for id, _ in p.steps]
     calibration = prepared.calibration.ids if prepared.calibration else None
     _check(prepared, [*tried, *measures])
+    _check_base(measures, base)
     known = known_losses(found, levels, options, candidates)
     if not measures and not missing(known, levels):
         return Survey(levels, {name: known[name] for name in levels}, {})
@@ -115,6 +127,7 @@ def survey(
         [m for m in measures if m.unit == "layer"],
         candidates,
         known,
+        lenient,
     )
     per_layer = any("norms" in method.evidence for method in of_blocks)
     words = look.words() | ({"norm"} if per_layer else set())
@@ -128,15 +141,15 @@ def survey(
         if runner and calibration is not None:
             runner = runner.running(economy.tokens)
             hidden = kept.keep("start", runner.starting(calibration), len(calibration))
-        gradients = None
-        if runner and calibration is not None and GRAD in words:
-            gradients = WeightGradients(runner, calibration, kept)
-        views = Views(prepared, runner, of_blocks, kept)
+        gradients, slopes = _passes(runner, calibration, words, kept)
+        look.gather(measures, prepared, base, kept, progress)
+        views = Views(prepared, runner, of_blocks, kept, look.told)
         for number, block in enumerate(blocks):
             layers = [x for x in found.layers.values() if x.block == block or blocks == [""]]
             seen = None
             if runner and hidden is not None:
-                seen = Seen(runner, block, layers, words, hidden, economy.input_by_input, gradients)
+                apart = economy.input_by_input
+                seen = Seen(runner, block, layers, words, hidden, apart, gradients, slopes)
             # What it sees is let go of by itself, input by input.
             coded = {} if seen is None else look.learned(layers, replace(seen))
             norms: dict[str, Any] = {}
@@ -151,13 +164,13 @@ def survey(
                 into = None if of_blocks else hidden
                 parts = runner.carry(block, hidden, {})
                 after = kept.keep(f"after-{number % 2}", parts, len(hidden), into)
-            view = views.at(number, layers, norms, hidden, after)
-            for method in of_blocks:
-                answer = method.run(**view.of(method), **options.get(method.id, {}))
-                records[method.name] |= dict.fromkeys((x.name for x in layers), record(answer))
+            view = views.at(number, block, layers, norms, hidden, after)
+            look.through(view, of_blocks, records)
             hidden = after
             progress.step(block)
-    return Survey(levels, look.losses, records, _about(measures, records, found))
+    answered = look.spared(records)
+    about = _about(measures, answered, found)
+    return Survey(levels, look.losses, answered, about, look.refused)
 
 
 def _about(
@@ -166,13 +179,23 @@ def _about(
     """What measures say of the whole model."""
     made: dict[str, Mapping[str, float]] = {}
     for method in measures:
-        if method.across is None or not records[method.name]:
+        if method.across is None or not records.get(method.name):
             continue
         layers = found.layers.items()
         of = {one.block if method.unit == "block" else name: name for name, one in layers}
         seen = [records[method.name][name] for name in of.values() if name in records[method.name]]
         made[method.name] = method.across(seen)
     return made
+
+
+def _passes(
+    runner: Runner | None, calibration: Tensor | None, words: frozenset[str], kept: Shelf
+) -> tuple[WeightGradients | None, WeightSlopes | None]:
+    """What shows how the loss moves with weights, as far as it is asked for."""
+    if runner is None or calibration is None:
+        return None, None
+    gradients = WeightGradients(runner, calibration, kept) if GRAD in words else None
+    return gradients, WeightSlopes(runner, calibration) if SLOPES in words else None
 
 
 def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
@@ -182,13 +205,29 @@ def _check(prepared: Prepared, methods: Sequence[catalogue.Method]) -> None:
             f"{needy[0]} reads what only a calibration text can show.",
             "Add --calibration TEXT (a text file, a JSON list of strings, or `builtin`).",
         )
-    measures = [m for m in methods if m.verb == "measure"]
-    running = [m.id for m in measures if m.unit == "block" and (m.calibrated or m.labelled)]
-    if running and prepared.runner and prepared.runner.whole:
+    for method in methods:
+        if problem := running_in_blocks(prepared, method):
+            raise UserError(problem, "Use a measure of layers, such as error or weight_error.")
+
+
+def running_in_blocks(prepared: Prepared, method: catalogue.Method) -> str:
+    """Why a measure of blocks cannot be had of a model that runs as a whole; "" if it can."""
+    of_blocks = method.verb == "measure" and method.unit == "block"
+    reads = method.calibrated or method.labelled
+    if of_blocks and reads and prepared.runner and prepared.runner.whole:
+        return (
+            f"{method.id} looks at what a block sees, and {prepared.source.label} runs as a whole, "
+            "not block by block."
+        )
+    return ""
+
+
+def _check_base(measures: Sequence[catalogue.Method], base: Source | None) -> None:
+    needy = [method.id for method in measures if PAIRED.intersection(method.evidence)]
+    if needy and base is None:
         raise UserError(
-            f"{running[0]} looks at what a block sees, and "
-            f"{prepared.source.label} runs as a whole, not block by block.",
-            "Use a measure of layers, such as error or weight_error.",
+            f"{needy[0]} compares a model with another, and there is none.",
+            "Give one: `layerwise inspect MODEL --against BASE`.",
         )
 
 
@@ -232,13 +271,59 @@ class _Look:
     measures: Sequence[catalogue.Method]
     candidates: Candidates | None
     known: Mapping[str, Losses]
+    lenient: bool
+    told: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     losses: dict[str, Losses] = field(default_factory=dict[str, Losses])
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+
+    @contextlib.contextmanager
+    def sparing(self, method: catalogue.Method) -> Generator[None]:
+        """Where a measure is at work: what it refuses ends it, or the survey."""
+        try:
+            yield
+        except UserError as error:
+            if not self.lenient:
+                raise
+            self.refused.setdefault(method.name, error.problem)
+
+    def gather(
+        self,
+        measures: Sequence[catalogue.Method],
+        prepared: Prepared,
+        base: Source | None,
+        kept: Shelf,
+        progress: Progress,
+    ) -> None:
+        """Gather what measures read that the walk does not show."""
+        for method in measures:
+            words = BEFOREHAND.intersection(method.evidence) - self.told.keys()
+            with self.sparing(method):
+                self.told.update(evidence_for(words, prepared, base, kept, progress))
+
+    def through(
+        self,
+        view: View,
+        measures: Sequence[catalogue.Method],
+        records: Mapping[str, dict[str, Mapping[str, float]]],
+    ) -> None:
+        """Look at a block with the measures of blocks."""
+        names = [layer.name for layer in view.layers]
+        for method in measures:
+            if method.name in self.refused:
+                continue
+            with self.sparing(method):
+                answer = method.run(**view.of(method), **self.options.get(method.id, {}))
+                records[method.name].update(dict.fromkeys(names, record(answer)))
+
+    def spared(self, records: Mapping[str, Records]) -> dict[str, Records]:
+        """What measures answered that refused no layer."""
+        return {name: found for name, found in records.items() if name not in self.refused}
 
     def words(self) -> frozenset[str]:
         """The evidence of calibration that it takes: an error is one of the layer's output."""
         gram = frozenset({"gram"}) if any(self.levels.values()) else frozenset[str]()
         tried = words_of(plan for plans in self.levels.values() for plan in plans)
-        return calibrated_words(self.measures) | tried | gram
+        return calibrated_words(self.measures) - BEFOREHAND | tried | gram
 
     def learned(self, layers: Sequence[Layer], seen: Seen) -> Learnt:
         """The codes of a block's layers that are learned together, at each level that needs it."""
@@ -280,9 +365,12 @@ class _Look:
             return
         evidence = {} if seen is None else seen.of(group)
         weights = [weight_of(self.source, layer) for layer in group]
-        trial = Trial(group, weights, evidence, self.options, coded)
+        trial = Trial(group, weights, evidence, self.options, coded, self.told)
         for method in self.measures:
-            records[method.name].update(trial.records(method, self.levels))
+            if method.name in self.refused:
+                continue
+            with self.sparing(method):
+                records[method.name].update(trial.records(method, self.levels))
         self.losses.update(trial.losses(self.levels, self.known, self.candidates))
 
 
@@ -295,6 +383,7 @@ class Trial:
     evidence: Mapping[str, Any]
     options: Options
     coded: Learnt = field(default_factory=dict[LayerPlan, Mapping[str, Coded]])
+    told: Told = field(default_factory=dict[str, Mapping[str, Any]])
     made: Made = field(default_factory=dict[tuple[Any, ...], list[Any]])
 
     def losses(
@@ -354,6 +443,7 @@ class Trial:
             made = self._transformed(range(len(first)), first)
         for number, (layer, weight) in enumerate(zip(self.group, self.weights, strict=True)):
             own = dict(of_layer(given, layer.name))
+            own |= {w: self.told[w][layer.name] for w in method.evidence if w in self.told}
             if "weight" in method.evidence:
                 own["weight"] = weight
             if "approximation" in method.evidence:

@@ -43,10 +43,11 @@ from layerwise.flow import market as markets
 from layerwise.flow import sensitivity
 from layerwise.flow.identity import candidates_of, sweep_identity
 from layerwise.flow.planning import looking_for, make_plan
-from layerwise.flow.preparing import Prepared, Texts, check, prepare, rewritten
+from layerwise.flow.preparing import Prepared, Texts, check, prepare
 from layerwise.flow.probing import Probe
 from layerwise.flow.promising import comparing, fitting, search_foresight
 from layerwise.flow.reporting import SWEEP
+from layerwise.flow.rewriting import rewritten
 from layerwise.flow.survey import everywhere, survey
 from layerwise.flow.wish import Wish
 from layerwise.report import html, pareto_svg

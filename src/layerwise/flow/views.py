@@ -1,7 +1,7 @@
 """What measures of blocks are given: weights, what passes through them, what hangs on them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class View:
         whole: What hangs on the whole model.
         states: What it answers to labelled texts.
         labels: Their classes.
+        told: What was gathered of it beforehand, by word.
     """
 
     source: Source
@@ -112,10 +113,14 @@ class View:
     whole: Whole | None = None
     states: Tensor | None = None
     labels: Tensor | None = None
+    told: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def of(self, method: catalogue.Method) -> dict[str, Any]:
         """The evidence that a measure reads."""
-        return {word: _WORDS[word](self) for word in method.evidence}
+        return {
+            word: self.told[word] if word in self.told else _WORDS[word](self)
+            for word in method.evidence
+        }
 
     def updates(self) -> tuple[Tensor, ...]:
         """What the block adds to the residual stream."""
@@ -157,6 +162,7 @@ class Views:
         runner: Runs it; None where weights alone are looked at.
         measures: The measures; what none of them reads is not gathered.
         shelf: Where activations lie.
+        told: What was gathered beforehand, by word and then by block.
     """
 
     def __init__(
@@ -165,8 +171,11 @@ class Views:
         runner: Runner | None,
         measures: Sequence[catalogue.Method],
         shelf: Shelf,
+        told: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.source = prepared.source
+        words = {word for method in measures for word in method.evidence}
+        self.told = {word: told[word] for word in words if word in told}
         self.runner = runner
         self.texts = prepared.labelled
         self.whole = self.probed = None
@@ -178,18 +187,20 @@ class Views:
     def at(
         self,
         number: int,
+        block: str,
         layers: Sequence[Layer],
         norms: Mapping[str, Any],
         hidden: Activations | None,
         after: Activations | None,
     ) -> View:
-        """The block of a number: its layers, the norms of what they read, what goes in and out."""
+        """A block: its number and name, its layers, what they read, what goes in and out."""
         states = labels = None
         if self.probed is not None and self.runner is not None:
             states = self.probed.states(self.runner.blocks[number])
             labels = self.probed.texts.labels
         parts = (norms, self.runner, hidden, after, self.whole, states, labels)
-        return View(self.source, number, layers, *parts)
+        told = {word: found[block] for word, found in self.told.items()}
+        return View(self.source, number, layers, *parts, told)
 
 
 def weight_of(source: Source, layer: Layer) -> Tensor:

@@ -11,8 +11,8 @@ from layerwise import export
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
-from layerwise.core.plan import Inputs, LayerPlan, Tune, tuning
-from layerwise.core.rewriting import Rewriting, Rotate
+from layerwise.core.plan import Inputs, LayerPlan, Tune, recovering, removers, tuning
+from layerwise.core.rewriting import Rewriting, Rotate, Widths
 from layerwise.core.structure import Structure
 from layerwise.core.written import UNITS, described, fits
 from layerwise.export import servers
@@ -45,6 +45,13 @@ class Wish:
         method: Quantizer.
         density: Fraction of weights kept.
         pruner: Pruner.
+        pattern: "2:4" and the like: so many weights of every so many inputs are kept, which says
+            the density, too; "" for none.
+        narrow: What takes out units (heads, channels), so that the model is smaller; "" for none.
+        keep: Fraction of the weights of layers that stays then.
+        widths: Whether all blocks keep as many units, or each its own number, as zeros.
+        drop_blocks: How many blocks go.
+        drop_by: The measure of blocks by which the least important go.
         rank: Columns of a low-rank correction.
         compensator: Compensator.
         allocate: Allocator; "" is knapsack for a budget, and the same density everywhere.
@@ -65,6 +72,7 @@ class Wish:
         rotate_seed: What is random in that matrix.
         scale_keys: Even out the pairs of keys that rotary embeddings turn first, for a cache of
             rounded keys; the model stays the same function.
+        recover: How pruned layers are learned anew, block by block; "none" leaves them.
         tune: What is tuned once layers are transformed: "norms" estimates the statistics of batch
             norms again, "bias" moves biases.
     """
@@ -80,6 +88,12 @@ class Wish:
     method: str = "rtn"
     density: float = 1.0
     pruner: str = "magnitude"
+    pattern: str = ""
+    narrow: str = ""
+    keep: float = 1.0
+    widths: Widths = "shared"
+    drop_blocks: int = 0
+    drop_by: str = "lim"
     rank: int = 0
     compensator: str = "svd"
     allocate: str = ""
@@ -94,6 +108,7 @@ class Wish:
     rotate_seed: int = 0
     scale_keys: bool = False
     tune: Sequence[Tune] = ()
+    recover: str = "none"
 
     def __post_init__(self) -> None:
         """Refuse what is not written as it must be.
@@ -122,7 +137,46 @@ class Wish:
                 f"{both} are asked for at once.",
                 "Leave one out: a budget chooses the bits of each layer.",
             )
+        if self.pattern:
+            self._take_pattern()
+        self._check_removed()
         self._check_allowed()
+
+    def _take_pattern(self) -> None:
+        """Put a pattern into the density, and into the pruner's option."""
+        match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", self.pattern)
+        if not match or int(match[1]) > int(match[2]):
+            raise UserError(
+                f"{self.pattern!r} is not a pattern.", "Write 2:4: two of every four are kept."
+            )
+        id, among = f"prune/{self.pruner}", int(match[2])
+        if "among" not in catalogue.get(id).options:
+            able = [m.name for m in catalogue.methods("prune") if "among" in m.options]
+            raise UserError(f"{id} keeps no pattern.", f"Take {', '.join(able)}.")
+        given = self.options.get(id, {})
+        if self.density != 1 or "among" in given or "density" in self.allow or self.allocate:
+            raise UserError(
+                f"a pattern of {self.pattern} says how many weights every layer keeps, and "
+                "something else says it, too.",
+                "Leave out --density, --allow density=, --allocate and the pruner's own option.",
+            )
+        object.__setattr__(self, "density", int(match[1]) / among)
+        object.__setattr__(self, "options", {**self.options, id: {**given, "among": among}})
+        object.__setattr__(self, "pattern", "")  # it is said now
+
+    def _check_removed(self) -> None:
+        if self.narrow and not 0 < self.keep < 1:
+            raise UserError(
+                f"--narrow {self.narrow} is to keep {self.keep:g} of the weights.",
+                "Say how much stays, between 0 and 1: --keep 0.8.",
+            )
+        if self.keep != 1 and not self.narrow:
+            raise UserError(
+                f"{self.keep:g} of the weights are to stay, and nothing says which units go.",
+                "Add --narrow flap; or --density for single weights.",
+            )
+        if self.drop_blocks < 0:
+            raise UserError(f"{self.drop_blocks} blocks are to go.", "Give 0 or more.")
 
     def _check_allowed(self) -> None:
         if self.allow and not self.shares_bytes:
@@ -154,7 +208,16 @@ class Wish:
     @property
     def rewriting(self) -> Rewriting:
         """What the model becomes before all else."""
-        return Rewriting(self.rotate, self.rotate_seed, self.scale_keys)
+        return Rewriting(
+            self.rotate,
+            self.rotate_seed,
+            self.scale_keys,
+            self.drop_blocks,
+            self.drop_by,
+            self.narrow,
+            self.keep,
+            self.widths,
+        )
 
     @property
     def shares_bytes(self) -> bool:
@@ -169,7 +232,7 @@ class Wish:
     @property
     def needing(self) -> list[str]:
         """What cannot do without a calibration text, beside methods."""
-        return [*needing([self.activation]), *tuning(self.tune)]
+        return [*needing([self.activation]), *tuning(self.tune), *recovering(self.recover)]
 
     def level(self, bits: int | None) -> LayerPlan:
         """The plan of a layer at a width, on the grid that its format has for it."""
@@ -234,6 +297,8 @@ class Wish:
         for level in levels:
             self._check_server(level)
         used = {id: catalogue.get(id) for level in levels for id, _ in level.steps}
+        others = [*removers(self.rewriting), *recovering(self.recover)]
+        used |= {id: catalogue.get(id) for id in others}
         if allocator := self.allocator():
             used[allocator.id] = allocator
             if "scores" in allocator.evidence:

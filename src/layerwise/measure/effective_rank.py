@@ -38,10 +38,10 @@ def effective_rank(
     meant instead: then 2 is their participation ratio, and infinity the stable rank
     ||W||_F^2 / ||W||_2^2.
 
-    The other measures of the paper compare weights, activity or tangent kernels before training
-    with those after it, and so need two models.  The paper does not say which effective rank is
-    meant, for it sets the rank; nor that one layer is more important than another: here one of a
-    higher rank is, as fewer of its directions can go.
+    The other measures of the paper compare weights (displacement), activity (alignment) or tangent
+    kernels (kernel_alignment) before training with those after it, and so need two models.  The
+    paper does not say which effective rank is meant, for it sets the rank; nor that one layer is
+    more important than another: here one of a higher rank is, as fewer of its directions can go.
 
     Args:
         weight: The layer.

@@ -54,7 +54,7 @@ def filters(
 
     The paper's other figures are the share of filters near zero, filter_sparsity, the
     orthogonality of outputs, filter_orthogonality, and the shift between two populations of
-    filters, which is no figure of one layer.
+    filters, filter_shift.
 
     Args:
         weight: The layer, the kernel's entries of each input channel side by side.

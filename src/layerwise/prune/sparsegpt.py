@@ -1,6 +1,5 @@
 """SparseGPT: prune column by column, and let the columns to the right make up for it."""
 
-import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -9,16 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerwise.core.catalogue import Claim, Paper
+from layerwise.core.cholesky import upper_root
 from layerwise.core.errors import UserError
 from layerwise.core.results import Pruned
-from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import pruner
 from layerwise.prune._mask import check_density, keep_highest
 
 _SOURCE = "Wanda README: LLaMA2-7B at 50%, perplexity 6.51 against 14.89 (dense 5.12)"
-
-# Dampings to try, each ten times the last.
-_TRIES = 8
 
 
 @pruner(
@@ -83,17 +79,13 @@ def sparsegpt(
             factor.
     """
     check_density(density, weight.shape[1], among)
-    if not 0 < damping < math.inf or block < 1:
-        raise UserError(
-            f"damping is {damping}, block is {block}.",
-            "Give a finite damping above 0, block 1 or more.",
-        )
-    check_statistics(gram)
+    if block < 1:
+        raise UserError(f"block is {block}.", "Give 1 or more.")
     # float64 weights, which only tests have, stay float64.
     before = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    dead = gram.diagonal() <= 0
-    factor, notes = _factor(gram.double(), dead, damping)
-    factor = factor.to(before.dtype)
+    root = upper_root(gram, damping)
+    factor, dead = root.factor.to(before.dtype), root.dead
+    unseen = ("no input was seen: pruned by magnitude",) if bool(dead.all()) else ()
     change, kept = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.bool)
     for columns in _slices(weight.shape[1], among or block):
         diagonal_block = factor[columns, columns]
@@ -108,7 +100,7 @@ def sparsegpt(
         kept[:, columns] = _choose(current.abs() * importance, density, columns, among)
         current = _sweep(current, kept[:, columns], inverse)
         change[:, columns] = before[:, columns] - current
-    return Pruned(kept, (before - change).where(kept, 0.0), notes)
+    return Pruned(kept, (before - change).where(kept, 0.0), (*unseen, *root.notes))
 
 
 def _slices(width: int, step: int) -> Iterator[slice]:
@@ -138,27 +130,3 @@ def _sweep(
         error = after[:, column].masked_fill(kept[:, column], 0.0) / inverse[column, column]
         after[:, column:] -= error[:, None] * inverse[column, column:]
     return after.where(kept, 0.0)
-
-
-def _factor(
-    gram: Float[Tensor, "in in"], dead: Bool[Tensor, " in"], damping: float
-) -> tuple[Float[Tensor, "in in"], tuple[str, ...]]:
-    """The upper triangular R with R R^T = H, and notes on what it took."""
-    diagonal = gram.diagonal()
-    notes = ("no input was seen: pruned by magnitude",) if dead.all() else ()
-    energy = 1.0 if dead.all() else float(diagonal[~dead].mean())
-    # Reversing both axes turns the lower factor L L^T into the upper one, R R^T.
-    damped = gram.flip(0, 1)
-    # Alone on the diagonal, a dead input takes no error and passes none on.
-    diagonal = diagonal.masked_fill(dead, energy).flip(0)
-    for power in range(_TRIES):
-        used = damping * 10**power
-        damped.diagonal().copy_(diagonal + used * energy)
-        lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(damped))
-        if not failed:
-            raised = f"damping raised to {used:g}, for a gram matrix not positive definite"
-            return lower.flip(0, 1), (*notes, raised) if power else notes
-    raise UserError(
-        f"the gram matrix does not factor, even with damping {damping * 10 ** (_TRIES - 1):g}.",
-        "Give a higher damping, or use a method that reads no gram matrix.",
-    )

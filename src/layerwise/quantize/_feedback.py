@@ -1,101 +1,91 @@
 """Error feedback: round input by input, and let the inputs to come absorb each error."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from layerwise.core.cholesky import upper_root
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
-from layerwise.core.statistics import check_statistics
 from layerwise.quantize._grid import by_group, check_grid, fit_clipped, pack
 
-# Columns whose errors reach the rest of the layer in one matrix product.
-_BLOCK = 128
-# Two numbers of this many bits, multiplied and summed over a block, fit the 53 of a float64.
-_EXACT_BITS = 23
-# Dampings to try, each ten times the last.
-_TRIES = 8
+# Columns whose errors reach each other one by one; those of more go on in matrix products.
+_FEW = 16
+# Products of two numbers of so many bits, so many of them summed, fit the 53 bits of a float64.
+_EXACT_BITS, _EXACT_TERMS = 22, 512
 
 
 @dataclass(frozen=True, slots=True)
 class Factored:
     """What the second moments H of the inputs say of rounding them one by one.
 
+    With R upper triangular and H = R R^T, R = (A + I) diag(R) where A is above its diagonal.
+
     Attributes:
         order: The inputs, in the order in which they are rounded.
-        factor: U in that order, float64, such that the damped H^-1 = U^T U.
+        share: A in that order: how much of input i's error input j takes, i < j.
+        importance: What a squared error costs, R_jj^2, in that order.
         dead: Inputs that were always zero, as they lie in the weight.
         notes: How many those are, and where damping was raised.
     """
 
     order: Int64[Tensor, " in"]
-    factor: Float[Tensor, "in in"]
+    share: Float[Tensor, "in in"]
+    importance: Float[Tensor, " in"]
     dead: Bool[Tensor, " in"]
     notes: tuple[str, ...]
-
-    @property
-    def importance(self) -> Float[Tensor, " in"]:
-        """What a squared error costs, in the order of rounding: 1 / U_jj^2."""
-        return self.factor.diagonal().float().square().reciprocal()
 
 
 @runtime_checkable
 class Rounder(Protocol):
     """Knows what columns are rounded to; fits its grids when their turn comes."""
 
-    def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
-        """What column j in the order of rounding becomes.
+    def fit(self, start: int, columns: Float[Tensor, "group out"]) -> None:
+        """Fit what a group of columns is rounded to.
 
         Args:
-            j: Its place in that order; each is asked for once, in turn.
-            left: Columns as rows, in that order.  Column j and the rest of its group hold every
-                correction made so far.
+            start: The place of its first column in the order of rounding.
+            columns: As they had best be after what was rounded so far, one a row.
         """
+        ...
+
+    def round(self, j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """What column j in the order of rounding becomes; each is asked for once, in turn."""
         ...
 
 
 def factorize(gram: Float[Tensor, "in in"], damping: float, act_order: bool = False) -> Factored:
-    """U of the second moments, damped by a fraction of their mean over live inputs.
-
-    H^-1 is never formed: where H = R R^T with R upper triangular, U = R^-1.
+    """The factor of the damped second moments, in the order of rounding.
 
     Args:
         gram: Mean of x x^T over calibration tokens.
-        damping: Added to the diagonal, as a fraction of its mean; ten times more, and a note, as
-            often as H does not factor.
+        damping: Added to the diagonal, as a fraction of its mean over live inputs; ten times more,
+            and a note, as often as H does not factor.
         act_order: Take inputs with the most energy first.
 
     Raises:
         UserError: The damping is no positive number, a value is NaN or infinite, or H does not
             factor.
     """
-    if not 0 < damping < math.inf:
-        raise UserError(f"damping is {damping}.", "Give a finite damping above 0.")
-    check_statistics(gram)
-    hessian = gram.to(torch.float64, copy=True)
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
+    order = torch.arange(len(gram))
+    if act_order:  # a dead input as if it had the energy of the others
+        order = _energies(gram).argsort(descending=True, stable=True)
+    root = upper_root(gram, damping, order if act_order else None)
+    dead = torch.empty_like(root.dead).index_copy_(0, order, root.dead)
     count = int(dead.sum())
-    notes = [f"{count} inputs were always zero; rounded to nearest"] if count else []
-    # Alone on the diagonal, a dead input takes no error and passes none on.
-    energy = float(diagonal[~dead].mean()) if count < len(diagonal) else 1.0
-    diagonal[dead] = energy
-    order = torch.arange(len(diagonal))
-    if act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
+    notes = (f"{count} inputs were always zero; rounded to nearest",) if count else ()
+    diagonal = root.factor.diagonal().clone()
+    share = root.factor.div_(diagonal).float()
+    return Factored(order, share, diagonal.square().float(), dead, (*notes, *root.notes))
 
-    root, used = _root(hessian, damping, energy)
-    if used != damping:
-        notes.append(f"damping raised to {used:g}, for a gram matrix not positive definite")
-    identity = torch.eye(len(order), dtype=torch.float64)
-    factor = torch.linalg.solve_triangular(root, identity, upper=True)
-    return Factored(order, factor, dead, tuple(notes))
+
+def _energies(gram: Float[Tensor, "in in"]) -> Float[Tensor, " in"]:
+    diagonal = gram.diagonal().double()
+    live = diagonal > 0
+    return diagonal.where(live, diagonal[live].mean()) if bool(live.any()) else diagonal
 
 
 def feed_back(
@@ -103,32 +93,71 @@ def feed_back(
 ) -> Float[Tensor, "in out"]:
     """Round one column after another, moving each error onto the columns to come.
 
-        e_j = (w_j - round(w_j)) / U_jj
-        W[:, k] -= e_j U_jk                for every k > j
+        V_j = W_j + sum of (W_i - round(V_i)) A_ij over i < j
+        e_j = V_j - round(V_j)
 
-    The sum of e_j^2 is the loss that is left, tr(E H E^T) of the damped H.
+    The sum of e_j^2 R_jj^2 is the loss that is left, tr(E H E^T) of the damped H, E = W - round(V).
+    This is GPTQ's update, which is written there with a factor of H^-1, and needs no inverse of H.
+    Where a group G begins, its columns had best be W_G + P (A_GG + I)^-1, P the sum above as far as
+    errors are known.
 
     Args:
         weight: Layer to round.
-        factored: U and the order.
+        factored: A and the order.
         rounder: Rounds columns.
-        group: Consecutive columns that the rounder looks at together, from a multiple of it on.
+        group: Columns that are fitted together when the first of them is reached; 0: none are.
 
     Returns:
-        w_j - round(w_j), in the order of rounding.
+        e_j, in the order of rounding.
     """
-    factor = factored.factor
-    share = (factor / factor.diagonal()[:, None]).float()  # (in, in), U_jk / U_jj
+    share = factored.share
     # Columns as contiguous rows, in the order in which they are rounded.
-    left = weight.float().T[factored.order].contiguous()  # (in, out)
-    missed = torch.empty_like(left)
-    for start, stop in _blocks(len(left), group):
+    missed = weight.float().T[factored.order].contiguous()  # (in, out)
+    left = missed.clone()
+
+    def go_on(start: int, stop: int) -> None:
+        if stop - start > _FEW:
+            middle = _middle(start, stop, group)
+            go_on(start, middle)
+            left[middle:stop] += _exact_product(
+                share[start:middle, middle:stop], missed[start:middle]
+            )
+            go_on(middle, stop)
+            return
         for j in range(start, stop):
-            torch.sub(left[j], rounder.round(j, left), out=missed[j])
+            if group and j % group == 0:
+                columns = slice(j, j + group)
+                rounder.fit(j, _best(missed[columns], left[columns], share[columns, columns]))
+            rounded = rounder.round(j, left[j])
+            missed[j] -= rounded
             # One product, one sum: fused, they could round differently from row to row.
-            left[j + 1 : stop] -= share[j, j + 1 : stop, None] * missed[j]
-        left[stop:] -= _exact_product(share[start:stop, stop:], missed[start:stop])
-    return missed
+            left[j + 1 : stop] += share[j, j + 1 : stop, None] * missed[j]
+            left[j] -= rounded
+
+    go_on(0, len(left))
+    return left
+
+
+def _middle(start: int, stop: int, group: int) -> int:
+    """Half way, at the end of a group if there is one: where one begins, all before it is done."""
+    if not 0 < group < stop - start:
+        return (start + stop) // 2
+    middle = (start + stop) // 2 // group * group
+    return middle if middle > start else middle + group
+
+
+def _best(
+    given: Float[Tensor, "group out"],
+    left: Float[Tensor, "group out"],
+    share: Float[Tensor, "group group"],
+) -> Float[Tensor, "group out"]:
+    """W_G + P (A_GG + I)^-1, where `left` is W_G + P."""
+    if len(given) == 1 or left.equal(given):
+        return left
+    identity = torch.eye(len(given), dtype=torch.float64)
+    unit = share.double().triu(1) + identity
+    inverse = torch.linalg.solve_triangular(unit, identity, upper=True, unitriangular=True)
+    return given + _exact_product(inverse.float(), left - given)
 
 
 def round_evenly(
@@ -152,7 +181,7 @@ def round_evenly(
         raise UserError(f"clips is {clips}.", "Give clips from 1 to 100.")
     factored = factorize(gram, damping, act_order)
     rounder = _Even(weight, factored, _Grid(bits, group, symmetric, clips), act_order)
-    feed_back(weight, factored, rounder, group)
+    feed_back(weight, factored, rounder, 0 if act_order else group)
     codes = torch.empty_like(rounder.codes).index_copy_(0, factored.order, rounder.codes)
     return pack(
         codes.T.contiguous(),
@@ -189,74 +218,48 @@ class _Even:
         self, weight: Float[Tensor, "out in"], factored: Factored, grid: _Grid, act_order: bool
     ) -> None:
         self.grid, self.importance = grid, factored.importance
-        self.refits = not act_order
         # Errors move in the order of rounding, groups lie in the order of the weight.
         in_place = torch.empty_like(self.importance)
         in_place.index_copy_(0, factored.order, self.importance)
         # Taken as they come, groups are fitted when they are reached; until then any will do.
-        self.scale, self.zero = grid.fit(weight, in_place, 1 if self.refits else grid.clips)
+        self.scale, self.zero = grid.fit(weight, in_place, grid.clips if act_order else 1)
         self.groups: list[int] = (factored.order // grid.group).tolist()
         self.top = 2**grid.bits - 1
         self.codes = torch.empty(weight.shape[1], len(weight))
 
-    def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
+    def fit(self, start: int, columns: Float[Tensor, "group out"]) -> None:
+        """The range that loses least."""
+        at, importance = self.groups[start], self.importance[start : start + len(columns)]
+        scale, zero = self.grid.fit(columns.T, importance, self.grid.clips)
+        self.scale[at], self.zero[at] = scale[0], zero[0]
+
+    def round(self, j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The nearest point; its code is kept."""
-        at, grid = self.groups[j], self.grid
-        if self.refits and j % grid.group == 0:
-            columns = slice(j, j + grid.group)
-            refit = grid.fit(left[columns].T, self.importance[columns], grid.clips)
-            self.scale[at], self.zero[at] = refit[0][0], refit[1][0]
-        scale, zero = self.scale[at], self.zero[at]
-        code = torch.div(left[j], scale, out=self.codes[j])
+        scale, zero = self.scale[self.groups[j]], self.zero[self.groups[j]]
+        code = torch.div(column, scale, out=self.codes[j])
         code.round_().add_(zero).clamp_(0, self.top)
         return (code - zero).mul_(scale)
 
 
-def _root(
-    hessian: Float[Tensor, "in in"], damping: float, energy: float
-) -> tuple[Float[Tensor, "in in"], float]:
-    """R upper triangular with R R^T = H once it is damped, and the damping that took."""
-    # Reversing both axes turns the lower factor L L^T into the upper one, R R^T.
-    damped = hessian.flip(0, 1)
-    diagonal = damped.diagonal().clone()
-    for power in range(_TRIES):
-        used = damping * 10**power
-        damped.diagonal().copy_(diagonal + used * energy)
-        lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(damped))
-        if not failed:
-            return lower.flip(0, 1), used
-    raise UserError(
-        f"the gram matrix does not factor, even with damping {damping * 10 ** (_TRIES - 1):g}.",
-        "Give a higher damping, or use a method that reads no gram matrix.",
-    )
-
-
-def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most _BLOCK columns; a block begins wherever a group outgrows one."""
-    stride = group * max(1, _BLOCK // group)
-    for first in range(0, width, stride):
-        last = min(first + stride, width)
-        for start in range(first, last, _BLOCK):
-            yield start, min(start + _BLOCK, last)
-
-
 def _exact_product(
-    share: Float[Tensor, "block later"], missed: Float[Tensor, "block out"]
-) -> Float[Tensor, "later out"]:
+    share: Float[Tensor, "from to"], missed: Float[Tensor, "from out"]
+) -> Float[Tensor, "to out"]:
     """share^T missed, to float32 accuracy and the same to the bit however it is summed.
 
     A matrix product adds in an order that depends on its shape, so a row's rounding errors would
-    depend on the number of rows.  Whole numbers short enough to add without rounding do not.
+    depend on the number of rows.  Multiples of one unit, few and short enough to add without
+    rounding, do not.
     """
-    (left, left_unit), (right, right_unit) = _whole(share), _whole(missed)
-    return ((left.T @ right) * left_unit[:, None] * right_unit).float()
+    total = torch.zeros(share.shape[1], missed.shape[1])
+    for first in range(0, len(share), _EXACT_TERMS):
+        part = slice(first, first + _EXACT_TERMS)
+        total += _short(share[part]).T @ _short(missed[part])
+    return total
 
 
-def _whole(
-    columns: Float[Tensor, "block columns"],
-) -> tuple[Float[Tensor, "block columns"], Float[Tensor, " columns"]]:
-    """Each column as whole numbers of _EXACT_BITS bits, times a power of two."""
+def _short(columns: Float[Tensor, "from columns"]) -> Float[Tensor, "from columns"]:
+    """Each column in float64, as multiples of a power of two, of at most _EXACT_BITS bits."""
     # Any unit will do for a column of zeros.
     peak = columns.abs().amax(dim=0).double().clamp(min=torch.finfo(torch.float32).tiny)
     unit = torch.exp2(peak.log2().floor() + 1 - _EXACT_BITS)
-    return (columns / unit).round_(), unit
+    return (columns / unit).round_().mul_(unit)

@@ -274,13 +274,18 @@ class _Columns:
         self.scale = torch.empty(width, rows // grid.group)
         self.zero = torch.empty_like(self.scale)
 
-    def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
-        """The nearest points; their codes are kept."""
-        grouped = by_group(left[j : j + 1], self.grid.group)  # (1, groups, group)
+    def fit(self, start: int, columns: Float[Tensor, "1 out"]) -> None:
+        """The ranges that hold all."""
+        grouped = by_group(columns, self.grid.group)  # (1, groups, group)
         scale, zero = fit(grouped, self.grid.bits, self.grid.symmetric)
-        codes = encode(grouped, scale, zero, self.grid.bits)
-        self.codes[j], self.scale[j], self.zero[j] = codes.flatten(), scale[0], zero[0]
-        return ((codes - zero[..., None]) * scale[..., None]).flatten()
+        self.scale[start], self.zero[start] = scale[0], zero[0]
+
+    def round(self, j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """The nearest points; their codes are kept."""
+        scale, zero = self.scale[j], self.zero[j]  # (groups,)
+        codes = encode(by_group(column[None], self.grid.group)[0], scale, zero, self.grid.bits)
+        self.codes[j] = codes.flatten()
+        return ((codes - zero[:, None]) * scale[:, None]).flatten()
 
 
 def _loss(error: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:

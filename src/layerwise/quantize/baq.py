@@ -237,15 +237,17 @@ class _Columns:
         self.levels: list[int] = []
         self.codes = torch.empty(weight.shape[1], len(weight), dtype=torch.int32)
 
-    def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
+    def fit(self, start: int, columns: Float[Tensor, "group out"]) -> None:
+        """The range that holds all."""
+        at, ends = start // self.group, _ends(columns.T, self.group, self.symmetric)
+        self.low[:, at], self.high[:, at] = ends[0][:, 0], ends[1][:, 0]
+
+    def round(self, j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The nearest points; their codes are kept."""
         at, count = j // self.group, self.levels[j]
-        if j % self.group == 0:
-            ends = _ends(left[j : j + self.group].T, self.group, self.symmetric)
-            self.low[:, at], self.high[:, at] = ends[0][:, 0], ends[1][:, 0]
         levels = torch.tensor([count])
         step, zero = _steps(self.low[:, at], self.high[:, at], levels, self.symmetric)
-        codes = (left[j] / step).round().add(zero).clamp(0, count - 1)
+        codes = (column / step).round().add(zero).clamp(0, count - 1)
         self.codes[j] = codes.int()
         return (codes - zero) * step
 

@@ -124,14 +124,15 @@ class _Floats:
         self.codes = torch.empty(weight.shape[1], len(weight), dtype=torch.uint8)
         self.points = _points()
 
-    def round(self, j: int, left: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
+    def fit(self, start: int, columns: Float[Tensor, "group out"]) -> None:
+        """The least scales that reach the largest weights and keep the constraint."""
+        fitted = _scales(columns.T, self.group)[:, 0]
+        self.scale[start // self.group] = _constrained(fitted, self.largest, self.constraint)
+
+    def round(self, j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The nearest point; its code is kept."""
-        at = j // self.group
-        if j % self.group == 0:
-            fitted = _scales(left[j : j + self.group].T, self.group)[:, 0]
-            self.scale[at] = _constrained(fitted, self.largest, self.constraint)
-        scale = self.scale[at]
-        self.codes[j] = _codes(left[j] / scale)
+        scale = self.scale[j // self.group]
+        self.codes[j] = _codes(column / scale)
         return self.points[self.codes[j].long()] * scale
 
 

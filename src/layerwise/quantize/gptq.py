@@ -48,11 +48,12 @@ def gptq(
 
     where U is the upper Cholesky factor of H^-1 = U^T U (algorithm 1) and H is the gram matrix
     plus `damping` times the mean of its diagonal over live inputs.  The loss that is left is the
-    sum of e_j^2.  H^-1 is never formed: where H = R R^T with R upper triangular, U = R^-1.
+    sum of e_j^2.  No inverse is needed: with R upper triangular and H = R R^T, U = R^-1, and all
+    that reaches column k is the sum of (W_j - quant(w_j)) R_jk / R_kk over j < k, W as given.
 
     Unlike the authors' code, a grid is fitted to all corrections made so far, so that nothing
     depends on how columns are blocked; and its range is the one that loses least when columns
-    weigh 1 / U_jj^2, as they do in the loss.  Unlike the authors' code, weights of an input that
+    weigh R_jj^2, as they do in the loss.  Unlike the authors' code, weights of an input that
     calibration never saw are rounded to nearest, not set to zero.  Unlike the authors' code, which
     sets the diagonal of dead inputs to 1 before it takes the mean, they have no part in the mean.
 

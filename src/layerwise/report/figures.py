@@ -7,7 +7,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.core.outcome import Comparison, Detection, Evaluation, ImageScores, TaskScore
+from layerwise.core.outcome import (
+    Comparison,
+    Detection,
+    Evaluation,
+    ImageScores,
+    Savings,
+    TaskScore,
+)
 
 _DIGEST = 12
 
@@ -48,6 +55,8 @@ def evaluation(seen: Evaluation) -> Group:
         parts += [_task_table(seen.tasks), *_task_lines(seen.tasks)]
     if seen.images is not None:
         parts += [_image_table(seen.images), *_image_lines(seen.images)]
+    if seen.savings is not None:
+        parts += [_savings_table(seen.savings), *_savings_lines(seen.savings)]
     if seen.detection is not None:
         parts += [_detection_table(seen.detection), *_detection_lines(seen.detection)]
     return Group(*parts, *(Text(f"note: {note}") for note in seen.notes))
@@ -160,6 +169,29 @@ def _image_lines(seen: ImageScores) -> list[Text]:
         ),
         Text("±: standard error over images, analytic"),
     ]
+
+
+def _savings_table(seen: Savings) -> Table:
+    table = _table("", "dense", seen.method, "saved")
+    rows = [("operations", seen.flops_dense, seen.flops)]
+    if seen.cache_dense:
+        rows.append(("bytes of keys and values", seen.cache_dense, seen.cache))
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", share(1 - after / before))
+    return table
+
+
+def _savings_lines(seen: Savings) -> list[Text]:
+    lines = [Text(f"kept {seen.kept:.2%} of what {seen.method} chooses among")]
+    if seen.sparse_kernel:
+        lines.append(
+            Text("operations saved are those of a kernel that skips zeros: here they were done")
+        )
+    if seen.after:
+        lines.append(
+            Text(f"the first {seen.after} tokens of a window are a prompt, and are not judged")
+        )
+    return lines
 
 
 def _table(*columns: str) -> Table:

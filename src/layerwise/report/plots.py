@@ -67,7 +67,7 @@ def pareto_svg(sweep: Sweep) -> str:
     Args:
         sweep: What was tried; points that were not compared are left out.
     """
-    return _alone(pareto(sweep))
+    return alone(pareto(sweep))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,7 @@ def _front_mark() -> Markup:
     return line(-8, 0, 8, 0, class_="stroke-accent", stroke_width=5, opacity=0.3)
 
 
-def _alone(picture: Markup) -> str:
+def alone(picture: Markup) -> str:
     """The same picture as a file of its own: with its colours, on a ground, with a margin."""
     head, _, body = str(picture).partition("</desc>")
     drawn, _, rest = head.partition('viewBox="')

@@ -11,29 +11,33 @@ from layerwise import export
 from layerwise.core.catalogue import Method
 from layerwise.core.checkpoint import Source
 from layerwise.core.forecast import Forecast
-from layerwise.core.outcome import Report, Sweep
+from layerwise.core.inspection import Inspection
+from layerwise.core.merged import Merge
+from layerwise.core.outcome import ByteVote, Report, Sweep
 from layerwise.core.plan import Plan
+from layerwise.core.rounds import Federation
 from layerwise.core.structure import Structure
+from layerwise.report.answers import answers
 from layerwise.report.figures import figure, share, windows_line
 
 if TYPE_CHECKING:
     from layerwise.testing.claims import Verdict
 
 
-def structure_table(
-    source: Source,
-    found: Structure,
-    scores: Mapping[str, Mapping[str, float]],
-    about: Mapping[str, Mapping[str, float]],
-) -> Group:
-    """The layers of a model with their scores, what measures say of it all, what is left alone."""
+# Figures of layers that stand side by side.
+_COLUMNS = 8
+
+
+def structure_table(source: Source, found: Structure, inspection: Inspection) -> Group:
+    """The layers of a model with what was found out about them, and what is left alone."""
     table = _table(("layer", "left"), ("role", "left"), ("shape", "right"), ("MB", "right"))
-    for name in scores:
+    tables = [table, *_more_tables(found, list(inspection.shown.items())[_COLUMNS:])]
+    first = dict(list(inspection.shown.items())[:_COLUMNS])
+    for name in first:
         table.add_column(name, justify="right")
     for layer in found.layers.values():
         size = layer.count * source.tensors[layer.tensor].dtype.itemsize
-        known = [scores[name].get(layer.name) for name in scores]
-        values = ["" if value is None else f"{value:.4g}" for value in known]
+        values = [_known(column.get(layer.name)) for column in first.values()]
         table.add_row(layer.name, layer.role, f"{layer.rows} x {layer.width}", _mb(size), *values)
     alone = _table(("left alone", "left"), ("MB", "right"), ("why", "left"))
     for reason, names in _by_reason(found).items():
@@ -46,20 +50,51 @@ def structure_table(
         f"{source.label}: {len(found.layers)} layers in {blocks} blocks, {planned:,} weights to "
         f"work on, {_mb(total)} MB in all"
     )
-    told = [
+    about = [
         Text(f"{measure}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        for measure, found in about.items()
+        for measure, found in inspection.about.items()
     ]
-    return Group(table, *told, alone, Text(line))
+    return Group(*tables, *about, alone, Text(line))
 
 
-def structure_json(
-    source: Source,
-    found: Structure,
-    scores: Mapping[str, Mapping[str, float]],
-    about: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    """The same as JSON."""
+def _known(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _more_tables(
+    found: Structure, columns: Sequence[tuple[str, Mapping[str, float]]]
+) -> list[Table]:
+    """Figures of layers for which one table has no room: figures are of no use when cut."""
+    made: list[Table] = []
+    for start in range(0, len(columns), _COLUMNS):
+        part = columns[start : start + _COLUMNS]
+        table = _table(("layer", "left"), *((name, "right") for name, _ in part))
+        for layer in found.layers:
+            table.add_row(layer, *(_known(column.get(layer)) for _, column in part))
+        made.append(table)
+    return made
+
+
+def agreement_table(inspection: Inspection) -> Group:
+    """How the measures and the truth agree, and what all of it says in words."""
+    told = [Text(line) for line in answers(inspection)]
+    if len(inspection.columns) < 2:
+        return Group(*told)
+    names = list(inspection.agreement)
+    tables: list[Table] = []
+    for start in range(0, len(names), _COLUMNS):
+        part = names[start : start + _COLUMNS]
+        table = _table(("rank correlation", "left"), *((name, "right") for name in part))
+        for name, row in inspection.agreement.items():
+            values = [row[other] for other in part]
+            table.add_row(name, *(_dash(None) if v is None else f"{v:.2f}" for v in values))
+        tables.append(table)
+    return Group(*tables, *told)
+
+
+def structure_json(source: Source, found: Structure, inspection: Inspection) -> dict[str, Any]:
+    """The same as JSON, with a record for each layer."""
+    columns = inspection.shown
     layers = [
         {
             "layer": layer.name,
@@ -71,12 +106,20 @@ def structure_json(
             "bytes": layer.count * source.tensors[layer.tensor].dtype.itemsize,
             "reads_with": layer.reads,
             "fused_with": layer.fused,
-            **{name: scores[name].get(layer.name) for name in scores},
+            **{name: column.get(layer.name) for name, column in columns.items()},
         }
         for layer in found.layers.values()
     ]
-    told = {measure: dict(values) for measure, values in about.items()}
-    return {"model": source.label, "layers": layers, "left": dict(found.left), "about": told}
+    made: dict[str, Any] = {"model": source.label, "layers": layers, "left": dict(found.left)}
+    if truth := inspection.truth:
+        told = {"done": truth.done, "text": truth.text, "windows": truth.windows}
+        made["truth"] = told
+    if columns:
+        made["agreement"] = {name: dict(row) for name, row in inspection.agreement.items()}
+        made["about"] = {name: dict(told) for name, told in inspection.about.items()}
+        made["left_out"] = dict(inspection.left_out)
+        made["answers"] = answers(inspection)
+    return made
 
 
 def plan_table(source: Source, found: Structure, plan: Plan) -> Group:
@@ -224,6 +267,57 @@ def sweep_table(sweep: Sweep) -> Group:
     return Group(table, *(Text(line) for line in lines))
 
 
+def byte_vote(seen: ByteVote) -> Group:
+    """Bits per byte and continuations of each model, and of all together."""
+    table = _table(
+        ("model", "left"), ("weight", "right"), ("bits/byte", "right"), ("goes on", "left")
+    )
+    costs = [*seen.bits, seen.bits_together] if seen.bits else [None] * (len(seen.models) + 1)
+    names = [*seen.models, "together"]
+    shares = [*(f"{weight:.3f}" for weight in seen.weights), ""]
+    told = [*seen.continuations, seen.continuation] if seen.prompt else [""] * len(names)
+    for name, share_of, cost, text in zip(names, shares, costs, told, strict=True):
+        table.add_row(name, share_of, _number(cost), repr(text) if seen.prompt else "")
+    lines: list[str] = []
+    if seen.text and seen.gained is not None:
+        error = "" if seen.gained_error is None else f" ± {seen.gained_error:.4f}"
+        lines.append(
+            f"{seen.bytes} bytes of {seen.text}; together {seen.gained:.4f}{error} bits per byte "
+            "below the best of them"
+        )
+    return Group(table, *(Text(line) for line in lines))
+
+
+def federation_table(done: Federation) -> Group:
+    """One row per round, and what came of them."""
+    table = _table(
+        ("round", "right"),
+        ("clients", "right"),
+        ("accuracy", "right"),
+        ("loss", "right"),
+        ("their loss", "right"),
+        ("left out", "left"),
+    )
+    for row in done.rounds:
+        table.add_row(
+            str(row.round),
+            str(len(row.clients)),
+            f"{row.accuracy:.2%}",
+            _number(row.loss),
+            _number(row.local_loss),
+            "; ".join(f"client {client} {why}" for client, why in row.excluded.items()),
+        )
+    idle = sum(not count for count in done.counts)
+    lines = [
+        f"{done.study}, {done.method}: accuracy {done.accuracy:.2%} over the last rounds",
+        f"samples of each client: {', '.join(map(str, done.counts))}"
+        + f"; {idle} have none and are never asked" * bool(idle),
+        *(f"note: {note}" for note in done.notes),
+        *([f"the model: {done.out}"] if done.out else []),
+    ]
+    return Group(table, *(Text(line) for line in lines))
+
+
 def methods_table(methods: Sequence[Method]) -> Table:
     """One row per method."""
     table = _table(("method", "left"), ("needs", "left"), ("what it does", "left"))
@@ -256,6 +350,66 @@ def claims_table(verdicts: Sequence["Verdict"]) -> Table:
             verdict.verdict,
         )
     return table
+
+
+def merge_table(done: Merge) -> Group:
+    """How far every tensor of a merge is from its parents', and how good each model is."""
+    letters = [chr(ord("A") + n) if n < 26 else str(n) for n in range(len(done.models))]
+    named = [f"{letter}: {label}" for letter, label in zip(letters, done.models, strict=True)]
+    heads = [(f"to {letter}", "right") for letter in letters]
+    base = [("to base", "right")] if done.base else []
+    table = _table(
+        ("tensor", "left"),
+        ("shape", "right"),
+        ("weights", "right"),
+        *heads,
+        *base,
+        ("note", "left"),
+    )
+    for row in done.rows:
+        distances = [_number(one) for one in row.distances]
+        table.add_row(
+            row.tensor,
+            " x ".join(map(str, row.shape)),
+            " ".join(f"{share:.3g}" for share in row.shares) or "-",
+            *distances,
+            *([_number(row.from_base)] if done.base else []),
+            _reason(row.note),
+        )
+    parts: list[Any] = [table]
+    if done.scores:
+        texts = list(dict.fromkeys(one.text for one in done.scores))
+        scored = _table(("loss in nats per token", "left"), *((text, "right") for text in texts))
+        found = {(one.model, one.text): one.loss for one in done.scores}
+        for model in dict.fromkeys(one.model for one in done.scores):
+            scored.add_row(model, *(_number(found.get((model, text))) for text in texts))
+        parts.append(scored)
+    if done.barriers:
+        ways = _table(
+            ("between", "left"),
+            ("and", "left"),
+            ("text", "left"),
+            ("barrier", "right"),
+            ("at", "right"),
+        )
+        for one in done.barriers:
+            ways.add_row(one.first, one.second, one.text, _number(one.height), f"{one.at:.2f}")
+        parts.append(ways)
+    if (fit := done.fit) is not None:
+        parts.append(
+            Text(
+                f"weights found in {fit.evaluations} trials on {fit.text}: loss {fit.loss:.4f}, "
+                f"{fit.uniform_loss:.4f} with the best weights that are the same everywhere; on "
+                f"the half kept aside {fit.unseen_loss:.4f} and {fit.unseen_uniform_loss:.4f}"
+            )
+        )
+    parts += [Text(note) for note in done.notes]
+    line = (
+        f"{done.out}: {len(done.rows)} tensors by {done.method}, {done.dtype}, "
+        f"{_mb(done.bytes)} MB, {done.seconds:.1f} s; {'; '.join(named)}"
+        + (f"; base: {done.base}" if done.base else "")
+    )
+    return Group(*parts, Text(line))
 
 
 def _table(*columns: tuple[str, Any]) -> Table:

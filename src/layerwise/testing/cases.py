@@ -1,5 +1,6 @@
 """The tensors that methods are tried on: ordinary ones, and ones that break careless code."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from layerwise.core.catalogue import Method
+from layerwise.core.symmetry import Symmetry
 
 _STEPS = 12
+MODELS = 3
+_MERGED = frozenset(
+    {"shares", "cuts", "products", "entries", "seeds", "grams", "fishers"}
+    | {"networks", "origin", "symmetries", "loss"}
+)
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
 _WINDOWS, _VOCABULARY, _LATER = 4, 12, 3
 _EXAMPLES, _CLASSES = 60, 3
@@ -39,27 +46,45 @@ def weights() -> dict[str, Float[Tensor, "_ _"]]:
 
 
 def evidence(
-    words: tuple[str, ...], weight: Float[Tensor, "out in"], *, seen: bool = True
+    words: tuple[str, ...],
+    weight: Float[Tensor, "out in"],
+    *,
+    seen: bool = True,
+    models: int = MODELS,
 ) -> Mapping[str, Any]:
-    """Everything a method asked for, made to fit one layer; of no token at all unless `seen`."""
+    """Everything a method asked for, made to fit one layer.
+
+    Args:
+        words: The evidence.
+        weight: The layer.
+        seen: Whether the calibration text had a token that reached it.
+        models: How many models there are, of those that are merged.
+    """
     noise = torch.Generator().manual_seed(1)
     inputs = _inputs(weight.shape[1], noise) * seen
     weights = _items(weight)
     norm = inputs.square().mean(dim=0).sqrt()  # (in,)
     costs = _costs(weights)
-    models = torch.stack([weight + _like(weight, noise) / 10 for _ in range(3)])  # (models, ...)
+    stream = inputs.roll(1, 0) + inputs
     length = TOKENS // _WINDOWS
     labels = torch.arange(_EXAMPLES) % _CLASSES
+    tuned = [weight.float() + _like(weight.float(), noise) / 10 for _ in range(MODELS)][:models]
+    together = torch.stack(tuned)  # (models, ...)
     made: dict[str, Any] = {
         "weight": weight,
         "weights": weights,
         "shapes": [tuple(item.shape) for item in weights],
         "approximation": _coarse(weight),
+        "kept": torch.rand(weight.shape, generator=noise) < 0.5,
         "inputs": inputs,
         # A layer answers in its own width; a block, which has no one weight, in that of its input.
-        "outputs": inputs @ weight.float().T if "weight" in words else inputs.roll(1, 0) + inputs,
+        "outputs": inputs @ weight.float().T if "weight" in words else stream,
         "gram": inputs.T @ inputs / len(inputs),  # (in, in)
         "norm": norm,
+        "mean": inputs.mean(dim=0),  # (in,)
+        "variance": inputs.var(dim=0, correction=0),  # (in,)
+        "filters": torch.randn(weight.shape[1], 18, generator=noise),  # (in, fan)
+        "shifts": torch.randn(weight.shape[1], generator=noise) / 4,  # (in,)
         "norms": tuple(norm * (1 + place) for place, _ in enumerate(weights)),
         "magnitude": inputs.abs().mean(dim=0),  # (in,)
         "peak": inputs.abs().amax(dim=0),  # (in,)
@@ -77,10 +102,73 @@ def evidence(
         "costs": costs,
         "errors": _errors(costs),
         "grad": _like(weight, noise) * seen / 100,
-        "base": weight,
-        "models": models,
+        "slopes": torch.randn(32, generator=noise) * seen / 100,
+        "base": weight.float(),
+        "disturbed": stream + inputs.flip(1) / 20,
+        "base_outputs": stream + inputs.flip(1),
+        "tangents": inputs[:16],
+        "base_tangents": inputs[:16].flip(1),
+        "ends": torch.tensor([1.0, 1.5]),
+        "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
+        "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
+        # Of the mean squared output, whose Hessian is 2 gram for every row.
+        "hessian": lambda direction: 2 * direction @ inputs.T @ inputs / len(inputs),
+        "models": together,
+        "columns": weight.float().norm(dim=0),  # (in,)
+        "activations": inputs,
+        **_attention(weight, noise, seen),
+        "server": weight,
+        "clients": together,
+        "counts": torch.tensor([30, 10, 60]),
+        "state": {},
+        "proxy": lambda tried: (tried.float() - together[0]).square().mean(),
     }
+    if _MERGED & set(words):
+        made |= _merged(weight.float(), tuned, inputs * seen)
     return {word: made[word] for word in words}
+
+
+def models_of(method: Method) -> int:
+    """How many models a method is tried on."""
+    return method.merges or MODELS
+
+
+def _merged(
+    base: Float[Tensor, "out in"], tuned: list[Float[Tensor, "out in"]], inputs: Tensor
+) -> dict[str, Any]:
+    """Evidence about several models and their base."""
+    differences = torch.stack(tuned) - base
+    flat = torch.stack(tuned).double().flatten(1)
+    sizes = differences.abs().flatten(1)
+    kept = max(1, round(0.5 * base.numel()))
+    # What each model saw was of another size, and in another order of inputs.
+    grams = [
+        (size * inputs.roll(shift, 1)).T @ (size * inputs.roll(shift, 1)) / len(inputs)
+        for shift, size in ((0, 1.0), (1, 0.5), (2, 2.0))
+    ]
+    return {
+        "shares": torch.tensor([1.0, 0.5, 2.0])[: len(tuned)],
+        "cuts": sizes.sort(dim=1, descending=True).values[:, kept - 1],
+        "products": flat @ flat.T,
+        "entries": torch.arange(base.numel()).reshape(base.shape),
+        "seeds": [101, 202, 303][: len(tuned)],
+        "grams": torch.stack(grams[: len(tuned)]),
+        "fishers": differences.square() * float(inputs.abs().sum() > 0),
+        "networks": [_network(one) for one in tuned],
+        "origin": _network(base),
+        "symmetries": (Symmetry("hidden", {"0.weight": 0, "0.bias": 0, "1.weight": 1}),),
+        "loss": functools.partial(_far, _network(base)),
+    }
+
+
+def _network(weight: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """Two layers, one after the other."""
+    return {"0.weight": weight, "0.bias": weight[:, 0] / 4, "1.weight": weight.T / 2}
+
+
+def _far(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
+    """How far a network is from another one."""
+    return sum(float((state[name] - one).double().square().sum()) for name, one in wanted.items())
 
 
 def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
@@ -94,8 +182,10 @@ def options(method: Method, weight: Float[Tensor, "out in"]) -> dict[str, Any]:
         "bits": width(method, 4),
         "symmetric": False,
         "density": 0.5,
+        "units": weight.shape[1],
         "rank": min(4, *weight.shape),
         "budget": (least + most) // 2,
+        "generations": 1,
     }
     return method.accepts(ordinary) | steps(method)
 
@@ -119,6 +209,22 @@ def _inputs(width: int, noise: torch.Generator) -> Float[Tensor, "tokens width"]
     inputs[:, 17:18] = 0.0
     inputs[:, 23:24] = 1.0
     return inputs
+
+
+def _attention(
+    weight: Float[Tensor, "out in"], noise: torch.Generator, seen: bool
+) -> dict[str, Tensor]:
+    """Attention over as many tokens as the weight has columns, each of the size of its rows.
+
+    Two pictures or texts, four heads of queries, two of keys.
+    """
+    rows, width = weight.shape
+    keys = torch.stack([weight.float().T, weight.float().T.flip(0)])  # (2, in, out)
+    keys = torch.stack([keys, 3 * keys.roll(1, 1)]) * seen  # (2, 2, in, out)
+    queries = torch.randn(2, 4, width, rows, generator=noise) * seen
+    products = queries @ keys.repeat_interleave(2, dim=1).transpose(2, 3)  # (2, 4, in, in)
+    attentions = (products / rows**0.5).softmax(dim=-1)
+    return {"queries": queries, "keys": keys, "attentions": attentions}
 
 
 def _answers(noise: torch.Generator, seen: bool) -> dict[str, list[Tensor]]:

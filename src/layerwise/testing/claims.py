@@ -1,39 +1,31 @@
-"""Claims of papers, checked on trained models that are at hand.
-
-A bench is named `<model>/<verb>`.  Its loss is the excess cross-entropy, in nats per token, of the
-compressed model over the original on held-out text: lower is better, 0 is lossless.  On the
-`digits-mlp` it is the share of test images that are misclassified.
-"""
+"""Claims of papers, checked on trained models that are at hand; see `benches`."""
 
 import json
 import math
 import multiprocessing
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from datetime import date
 
 import torch
 
-import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Claim, Method
 from layerwise.core.progress import Progress
-from layerwise.testing.digits import digits_loss
-from layerwise.testing.outliers import with_outliers
+from layerwise.testing.benches import bench_loss, is_here
 
-ASSETS = "LAYERWISE_ASSETS"
-DIGITS = "digits-mlp"
 HOLDS, FAILS, NOT_HERE = "holds", "does not hold", "not checked: LAYERWISE_ASSETS is not set"
+NOT_REACHED = "not checked: the time was up"
 NO_REGIME = "no regime: the baseline loses nothing"
 CLOSE = "too close to tell"
 # Figures move by less than this fraction of themselves from machine to machine: sums of floats in
 # another order.  Those of codes that are learned go further: many small steps follow each other
 # (auto against signround at 3 bits was 1.06 on one machine and below 1.02 on another).
 _NOISE, _LEARNED_NOISE = 0.02, 0.06
+# Claims by which the first one moves on each day.
+_DAILY = 37
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,59 +57,6 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """A trained model and its texts, by path below the assets; "" is built in.
-
-    Above 1, `outliers` is how much larger a few of the inputs of its layers are made.  The part of
-    the held-out text before `unseen_from`, a fraction, was in the model's training.
-    """
-
-    path: str
-    calibration: str
-    heldout: str
-    length: int = 256
-    windows: int = 64
-    outliers: float = 1.0
-    unseen_from: float = 0.0
-
-
-_MODELS = {
-    "builtin-tiny": _Model("", "builtin", "builtin"),
-    "stories-char-940k": _Model(
-        "models/stories-char-940k",
-        "text/tinystories/train_stories.json",
-        "text/tinystories/heldout_stories.json",
-    ),
-    "bytes-wikitext": _Model(
-        "models/bytes-wikitext", "text/wikitext2/valid.txt", "text/wikitext2/test.txt", 64, 128
-    ),
-    "bytes-wikitext-outliers": _Model(
-        "models/bytes-wikitext",
-        "text/wikitext2/valid.txt",
-        "text/wikitext2/test.txt",
-        64,
-        128,
-        30.0,
-    ),
-    "reference-6m": _Model(
-        "models/reference-6m",
-        "text/wikitext2/valid.txt",
-        "text/wikitext2/test.txt",
-        unseen_from=0.5,
-    ),
-}
-
-# What a bench does beside the options of the claim, and which argument names the method.
-_BENCHES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "quantize": ("method", {}),
-    "prune": ("pruner", {}),
-    "compensate": ("compensator", {"bits": 2, "group": 64}),
-    "measure": ("measure", {"allocate": "threshold", "group": 64}),
-    "allocate": ("allocate", {"method": "gptq", "group": 32, "symmetric": True}),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
     """What is run to check a claim: one method on one bench; `options` are JSON."""
 
@@ -128,18 +67,20 @@ class _Run:
 
     def loss(self) -> float:
         """What it loses; lower is better."""
-        if self.model == DIGITS:
-            return digits_loss(self.method, json.loads(self.options)["density"])
-        return excess_loss(self.model, self.verb, self.method, self.options)
+        return bench_loss(self.model, self.verb, self.method, json.loads(self.options))
 
 
-def check_claims(ids: Sequence[str], progress: Progress, processes: int = 1) -> list[Verdict]:
+def check_claims(
+    ids: Sequence[str], progress: Progress, processes: int = 1, minutes: float = math.inf
+) -> list[Verdict]:
     """Check the claims of some methods, or of all.
 
     Args:
         ids: Methods; empty for all.
         progress: Is told of each run.
         processes: Run so many at once, each on one thread.
+        minutes: Begin no run after so many.  Which claims come first moves on from day to day, so
+            that all have their turn.
     """
     chosen = (
         [catalogue.get(id) for id in ids]
@@ -147,24 +88,37 @@ def check_claims(ids: Sequence[str], progress: Progress, processes: int = 1) -> 
         else [method for verb in catalogue.VERBS for method in catalogue.methods(verb)]
     )
     pairs = [(method, claim) for method in chosen for claim in method.claims]
-    wanted = [run for pair in pairs for run in _runs(*pair) if _is_here(run.model)]
-    runs = list(dict.fromkeys(wanted))
+    first = date.today().toordinal() * _DAILY % len(pairs) if pairs and minutes < math.inf else 0
+    turned = pairs[first:] + pairs[:first]
+    runs = dict.fromkeys(run for pair in turned for run in _runs(*pair) if is_here(run.model))
     progress.stage("claims", len(runs))
     losses: dict[_Run, float] = {}
-    for run, loss in zip(runs, _losses(runs, processes), strict=True):
+    for run, loss in _losses(runs, processes, time.monotonic() + 60 * minutes):
         losses[run] = loss
         progress.step(f"{run.verb}/{run.method}")
     return [_verdict(method, claim, losses) for method, claim in pairs]
 
 
-def _losses(runs: Sequence[_Run], processes: int) -> Iterator[float]:
+def _losses(runs: Iterable[_Run], processes: int, until: float) -> Iterator[tuple[_Run, float]]:
+    """Of those runs that could begin before a time."""
+    waiting = iter(runs)
     if processes == 1:
-        yield from map(_Run.loss, runs)
+        while time.monotonic() < until and (run := next(waiting, None)):
+            yield run, run.loss()
         return
     # What was forked would hold locks of threads that it does not have.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(_Run.loss, runs)
+        going: dict[Future[float], _Run] = {}
+        while True:
+            while len(going) < processes and time.monotonic() < until:
+                if (run := next(waiting, None)) is None:
+                    break
+                going[pool.submit(run.loss)] = run
+            if not going:
+                return
+            for one in wait(going, return_when=FIRST_COMPLETED).done:
+                yield going.pop(one), one.result()
 
 
 def _runs(method: Method, claim: Claim) -> tuple[_Run, _Run]:
@@ -178,8 +132,9 @@ def _verdict(method: Method, claim: Claim, losses: Mapping[_Run, float]) -> Verd
     options = " ".join(f"{name} {value}" for name, value in claim.options.items())
     found = (method.id, claim.beats, claim.bench, options, claim.margin)
     ours, theirs = _runs(method, claim)
-    if ours not in losses:
-        return Verdict(*found, None, None, NOT_HERE, claim.source)
+    if not {ours, theirs} <= losses.keys():
+        missing = NOT_REACHED if is_here(ours.model) else NOT_HERE
+        return Verdict(*found, None, None, missing, claim.source)
     loss, baseline = losses[ours], losses[theirs]
     learned = any(_learns(run) for run in (ours, theirs))
     verdict = judged(loss, baseline, claim.margin, _LEARNED_NOISE if learned else _NOISE)
@@ -187,6 +142,8 @@ def _verdict(method: Method, claim: Claim, losses: Mapping[_Run, float]) -> Verd
 
 
 def _learns(run: _Run) -> bool:
+    if run.verb == "recover":
+        return True
     return run.verb == "quantize" and catalogue.get(f"quantize/{run.method}").learns is not None
 
 
@@ -198,53 +155,3 @@ def judged(loss: float, baseline: float, margin: float, noise: float) -> str:
     if abs(over) < noise * (1 - margin):
         return CLOSE
     return HOLDS if over < 0 else FAILS
-
-
-def _is_here(model: str) -> bool:
-    if model == DIGITS:
-        return True
-    path = _MODELS[model].path
-    return not path or (bool(os.environ.get(ASSETS)) and _asset(path).exists())
-
-
-def _asset(path: str) -> Path:
-    return Path(os.environ[ASSETS]) / path
-
-
-def _heldout(facts: _Model) -> str | list[str]:
-    if not facts.path:
-        return "builtin"
-    file = _asset(facts.heldout)
-    if not facts.unseen_from:
-        return str(file)
-    content = file.read_text(encoding="utf-8")
-    return [content[int(facts.unseen_from * len(content)) :]]
-
-
-def excess_loss(model: str, verb: str, name: str, options: str) -> float:
-    """Excess cross-entropy of one method on one bench, in nats per token; `options` are JSON."""
-    facts = _MODELS[model]
-    argument, fixed = _BENCHES[verb]
-    built_in = not facts.path
-    wish: dict[str, Any] = {**fixed, **json.loads(options), argument: name}
-    source = "builtin:tiny" if built_in else str(_asset(facts.path))
-    with tempfile.TemporaryDirectory() as folder:
-        if facts.outliers != 1:
-            source = str(with_outliers(source, Path(folder) / "outliers", facts.outliers))
-        report = lw.compress(
-            source,
-            Path(folder) / "out",
-            calibration="builtin" if built_in else str(_asset(facts.calibration)),
-            text=_heldout(facts),
-            samples=facts.windows,
-            text_samples=facts.windows,
-            length=facts.length,
-            noise_floor=False,
-            cache=False,
-            layer_windows=0,
-            **wish,
-        )
-    seen = report.comparison
-    assert seen is not None
-    assert seen.perplexity_before is not None
-    return math.log(seen.perplexity) - math.log(seen.perplexity_before)

@@ -17,7 +17,7 @@ _ROW_AXIS = {"weight": 0, "approximation": 0, "grad": 0, "base": 0, "outputs": 1
 def leaves_its_inputs_alone(method: Method) -> None:
     """A method is a pure function: nothing it was given changes."""
     for name, weight in cases.weights().items():
-        given = cases.evidence(method.evidence, weight)
+        given = cases.evidence(method.evidence, weight, models=cases.models_of(method))
         before = [tensor.clone() for tensor in _tensors(given)]
         method.run(**given, **cases.options(method, weight))
         assert _same(before, _tensors(given)), name
@@ -42,7 +42,8 @@ def is_finite(method: Method) -> None:
 def works_without_a_token(method: Method) -> None:
     """A layer that no token of the calibration text reached, as an expert may be, is no error."""
     for name, weight in cases.weights().items():
-        given = cases.evidence(method.evidence, weight, seen=False)
+        models = cases.models_of(method)
+        given = cases.evidence(method.evidence, weight, seen=False, models=models)
         made = _tensors(method.run(**given, **cases.options(method, weight)))
         assert all(bool(tensor.isfinite().all()) for tensor in made), name
 
@@ -52,7 +53,7 @@ def rows_keep_their_word(method: Method) -> None:
     if method.rows != "independent":
         return
     for name, weight in cases.weights().items():
-        given = cases.evidence(method.evidence, weight)
+        given = cases.evidence(method.evidence, weight, models=cases.models_of(method))
         options = cases.options(method, weight)
         cuts = [1, 6, 13, len(weight) - 20] if len(weight) > 20 else [len(weight)]
         together = method.run(**given, **options).split(cuts)
@@ -71,7 +72,7 @@ def _cut(given: Mapping[str, Any], cuts: list[int]) -> Iterator[dict[str, Any]]:
 
 def _run(method: Method, weight: Tensor) -> list[Tensor]:
     """All the numbers a method answers with, for one layer and ordinary options."""
-    given = cases.evidence(method.evidence, weight)
+    given = cases.evidence(method.evidence, weight, models=cases.models_of(method))
     return _tensors(method.run(**given, **cases.options(method, weight)))
 
 

@@ -11,7 +11,8 @@ from layerwise.core.catalogue import Method
 from layerwise.core.results import record
 from layerwise.testing import cases
 
-_TOKENS = ("inputs", "outputs", "positions", "updates")  # evidence with one row per token
+# Evidence with one row per token.
+_TOKENS = ("inputs", "outputs", "disturbed", "base_outputs", "positions", "updates")
 # Evidence of windows, and the axis along which they lie.
 _WINDOWS = {"ids": 0, "skip_effects": 1, "freeze_effects": 1}
 _ANSWERS = ("answers", "lens", "removed", "skipped", "frozen")
@@ -67,6 +68,18 @@ def a_worse_approximation_scores_higher(method: Method) -> None:
         for factor in (0.0, 0.5, 1.0, 2.0)
     ]
     assert scores == sorted(set(scores))
+
+
+def nothing_scores_less_than_what_did_not_move(method: Method) -> None:
+    """Where a layer or a block is held against that of another model, the same one is lowest."""
+    pairs = {"base": "weight", "base_outputs": "outputs", "base_tangents": "tangents"}
+    for other, own in pairs.items():
+        if not {other, own} <= set(method.evidence):
+            continue
+        for name, given in _layers(method):
+            noise = torch.randn(given[own].shape, generator=torch.Generator().manual_seed(0))
+            moved = _score(method, {**given, other: given[own].float() + noise})
+            assert _score(method, {**given, other: given[own]}) <= moved + 1e-6, name
 
 
 def a_block_that_does_nothing_scores_least(method: Method) -> None:

@@ -55,8 +55,6 @@ def reports_what_was_asked(method: Method) -> None:
             continue
         assert quantized.group == group
         assert quantized.symmetric == symmetric
-        if method.stores is not Quantized:
-            continue
         points = quantized.points
         middle = 2 ** (bits - 1) if points is None else int(points.abs().argmin())
         assert not symmetric or bool((quantized.zero == middle).all())

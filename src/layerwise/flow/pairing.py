@@ -1,0 +1,304 @@
+"""Evidence of a model and another, and of a model and itself disturbed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layerwise.core.apply import check_finite
+from layerwise.core.carried import Activations, Shelf
+from layerwise.core.catalogue import PAIRED
+from layerwise.core.checkpoint import Source
+from layerwise.core.curvature import Curvature
+from layerwise.core.errors import UserError
+from layerwise.core.fisher import answered, foretells, loss_gradient
+from layerwise.core.progress import Progress
+from layerwise.core.runner import Runner
+from layerwise.core.structure import Layer, Structure
+from layerwise.core.tangents import tangents
+from layerwise.flow.apart import Apart
+from layerwise.flow.preparing import Prepared
+
+# Evidence by word, and then by layer or, for measures of blocks, block.
+Told = Mapping[str, Mapping[str, Any]]
+# What no walk through one model shows.
+BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents"}
+
+# Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
+# point.
+PATH_TOKENS = 2048
+# Shares of the other model at which the loss is found.
+POINTS = (0.0, 0.5, 1.0)
+# Size of the noise on embeddings, as a share of theirs.
+DISTURBANCE = 0.05
+# Windows that tangent kernels are of: each answers in a few directions, and all pairs are held.
+TANGENT_WINDOWS = 16
+# Tokens (or pictures) that the Hessian is found on.
+CURVATURE_TOKENS = 512
+
+
+def check_pair(source: Source, base: Source, found: Structure) -> None:
+    """Refuse two models that cannot be held against each other layer by layer.
+
+    Raises:
+        UserError: A layer of the one is not in the other, or has another shape there.
+    """
+    for layer in found.layers.values():
+        theirs, ours = base.tensors.get(layer.tensor), source.tensors[layer.tensor]
+        if theirs is None:
+            raise UserError(
+                f"{base.label} has no {layer.tensor}, which {source.label} has.",
+                "Give a model of the same architecture: the one this was made from.",
+            )
+        if theirs.shape != ours.shape:
+            raise UserError(
+                f"{layer.tensor} is {list(ours.shape)} in {source.label} and "
+                f"{list(theirs.shape)} in {base.label}.",
+                "Give a model of the same architecture and size.",
+            )
+
+
+def evidence_for(
+    words: AbstractSet[str],
+    prepared: Prepared,
+    base: Source | None,
+    shelf: Shelf,
+    progress: Progress,
+) -> Told:
+    """What measures read that no walk through one model shows, by word and then layer or block.
+
+    Tensors and activations are read when they are asked for, in the order of the blocks.
+
+    Args:
+        words: Of `BEFOREHAND`; those that the model as prepared does not give are left out.
+        prepared: The model.
+        base: The other model; None for none.
+        shelf: Where activations lie between blocks.
+        progress: Is told of each block.
+    """
+    runner, text = prepared.runner, prepared.calibration
+    told: dict[str, Mapping[str, Any]] = {}
+    if base is not None and "base" in words:
+        told["base"] = _Weights(base, prepared.found)
+    if runner is None or text is None:
+        return told
+    if "disturbed" in words:
+        told["disturbed"] = _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf)
+    if "hessian" in words:
+        layers = prepared.found.layers
+        told["hessian"] = Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS))
+    few = text.ids[:TANGENT_WINDOWS]
+    if "tangents" in words:
+        told["tangents"] = tangents(runner, prepared.found.layers, few, shelf)
+    if base is not None and words & PAIRED - {"base"}:
+        other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
+        if "base_outputs" in words:
+            start = shelf.keep("base", other.starting(text.ids), len(text.ids))
+            told["base_outputs"] = _Stream(other, start, "base", shelf)
+        if "base_tangents" in words:
+            told["base_tangents"] = tangents(other, prepared.found.layers, few, shelf)
+        if words & {"ends", "path", "growing_path"}:
+            between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
+            told |= between.evidence(words, progress)
+    return told
+
+
+def some(ids: Tensor, tokens: int) -> Tensor:
+    """The first windows, as many as have so many tokens, one at least; or so many pictures."""
+    of_tokens = ids.dim() == 2 and not ids.is_floating_point()
+    return ids[: max(1, tokens // (ids.shape[1] if of_tokens else 1))]
+
+
+@dataclass(frozen=True)
+class _Weights(Mapping[str, Tensor]):
+    """The weights of the other model's layers, read when they are asked for."""
+
+    source: Source
+    found: Structure
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self.found.layers[name]
+        weight = layer.matrix(self.source.read(layer.tensor)).to(torch.float32, copy=True)
+        check_finite(f"{layer.tensor} of {self.source.label}", weight)
+        return weight.contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found.layers)
+
+    def __len__(self) -> int:
+        return len(self.found.layers)
+
+
+class _Stream(Mapping[str, Tensor]):
+    """What blocks answer to some windows, to be asked for in their order."""
+
+    def __init__(self, runner: Runner, start: Activations, name: str, shelf: Shelf) -> None:
+        self.runner = runner
+        self._name = name
+        self._shelf = shelf
+        self._done = -1  # number of the last block that was run
+        self._after = start
+
+    def __getitem__(self, block: str) -> Tensor:
+        place = self.runner.blocks.index(block)
+        assert place >= self._done, "blocks come in their order"
+        for name in self.runner.blocks[self._done + 1 : place + 1]:
+            parts, count = self.runner.carry(name, self._after, {}), len(self._after)
+            self._after = self._shelf.keep(self._name, parts, count, self._after)
+        self._done = place
+        return self._after[:].flatten(0, -2)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.runner.blocks)
+
+    def __len__(self) -> int:
+        return len(self.runner.blocks)
+
+
+def _disturbed(runner: Runner, ids: Tensor) -> Tensor:
+    """Embeddings of some windows, moved in the direction in which the loss of each grows.
+
+    By a share of the root mean square of all embeddings, each entry as far: one step of FGSM
+    (Goodfellow et al. 2015, arXiv:1412.6572).
+    """
+    start = runner.start(ids)
+    reach = DISTURBANCE * start.square().mean().sqrt()
+    return start + reach * loss_gradient(runner, start, ids).sign()
+
+
+@dataclass(frozen=True)
+class _Between:
+    """The loss on the way from a model to another.
+
+    Where the models foretell no token, what both together find the likeliest is taken for the
+    truth.
+    """
+
+    prepared: Prepared
+    other: Runner
+    ids: Tensor
+    shelf: Shelf
+
+    @property
+    def runner(self) -> Runner:
+        """Runs the model itself."""
+        assert self.prepared.runner is not None
+        return self.prepared.runner
+
+    def evidence(self, words: AbstractSet[str], progress: Progress) -> Told:
+        """The losses of both, and on the ways of each layer and block."""
+        growing = {point: self.runner.start(self.ids) for point in POINTS[1:]}
+
+        def begun(block: str, hidden: Activations) -> dict[str, Iterator[Tensor]]:
+            made: dict[str, Iterator[Tensor]] = {}
+            for point in POINTS[1:]:
+                for one in self._inside(block) if "path" in words else ():
+                    made[_named(one.name, point)] = self._moved(block, hidden, one, point)
+                if "growing_path" in words:
+                    made[_named(block, point)] = self._grown(block, growing, point)
+            return made
+
+        runner = self.runner
+        carried = Apart(runner, self.ids, begun, self.shelf, progress)
+        theirs = self._theirs()
+        truth = self._truth(carried.original, theirs)
+        own = _loss(runner, carried.original, self.ids, truth)
+        ends = torch.tensor([own, _loss(self.other, theirs, self.ids, truth)], dtype=torch.float64)
+
+        def paths(names: Sequence[str]) -> dict[str, Tensor]:
+            made: dict[str, Tensor] = {}
+            for name in names:
+                points = [carried.of(_named(name, point)) for point in POINTS[1:]]
+                losses = [own, *(_loss(runner, one, self.ids, truth) for one in points)]
+                made[name] = torch.tensor(losses, dtype=torch.float64)
+            return made
+
+        layers, blocks = list(self.prepared.found.layers), runner.blocks
+        told: dict[str, Mapping[str, Any]] = {"ends": dict.fromkeys([*layers, *blocks], ends)}
+        if "path" in words:
+            told["path"] = paths(layers)
+        if "growing_path" in words:
+            told["growing_path"] = paths(blocks)
+        return told
+
+    def _theirs(self) -> Activations:
+        """The windows after the other model's last block."""
+        count = len(self.ids)
+        carried = self.shelf.keep("other", self.other.starting(self.ids), count)
+        for block in self.other.blocks:
+            parts = self.other.carry(block, carried, {})
+            carried = self.shelf.keep("other", parts, count, carried)
+        return carried
+
+    def _inside(self, block: str) -> list[Layer]:
+        layers = self.prepared.found.layers.values()
+        return [one for one in layers if self.runner.whole or one.block == block]
+
+    def _moved(
+        self, block: str, hidden: Activations, layer: Layer, point: float
+    ) -> Iterator[Tensor]:
+        """Windows through a block with one of its layers part of the way to the other's."""
+        yield from self.runner.carry(block, hidden, self._mixed_layer(layer, point))
+
+    def _grown(self, block: str, growing: dict[float, Tensor], point: float) -> Iterator[Tensor]:
+        """The same with the whole block, on what the blocks before it make, as they went as far."""
+        names = self._tensors(f"{block}.")
+        changed = {name: self._mixed(name, point) for name in names}
+        growing[point] = torch.cat(list(self.runner.carry(block, growing[point], changed)))
+        yield growing[point]
+
+    def _mixed_layer(self, layer: Layer, point: float) -> dict[str, Tensor]:
+        """A layer's weight and what stands beside it in its module."""
+        name = layer.tensor
+        if layer.expert is not None:
+            whole = self.prepared.source.read(name).float().clone()
+            whole[layer.expert] = self._mixed(name, point)[layer.expert]
+            return {name: whole}
+        names = {name, *self._tensors(f"{layer.name}.")}
+        return {name: self._mixed(name, point) for name in sorted(names)}
+
+    def _tensors(self, prefix: str) -> list[str]:
+        """What both models have below a module; counters are not moved."""
+        theirs = self.other.source.tensors
+        return [
+            name
+            for name, info in self.prepared.source.tensors.items()
+            if name.startswith(prefix) and info.dtype.is_floating_point and name in theirs
+        ]
+
+    def _mixed(self, name: str, point: float) -> Tensor:
+        ours, theirs = (one.read(name).float() for one in (self.prepared.source, self.other.source))
+        return ours.lerp(theirs, point)
+
+    def _truth(self, ours: Activations, theirs: Activations) -> Tensor | None:
+        """What is taken for the truth where it is not the next token."""
+        first = next(self.runner.logits(ours[:1], self.ids[:1], {}))
+        if foretells(self.runner, first, self.ids[:1]):
+            return None
+        both = [
+            torch.cat(list(runner.logits(after, self.ids, {}))).float().log_softmax(dim=-1)
+            for runner, after in ((self.runner, ours), (self.other, theirs))
+        ]
+        return (both[0] + both[1]).flatten(0, -2).argmax(dim=-1)
+
+
+def _named(name: str, point: float) -> str:
+    return f"{name} at {point}"
+
+
+def _loss(runner: Runner, after: Activations, ids: Tensor, truth: Tensor | None) -> float:
+    """Mean cross-entropy, in nats per prediction."""
+    if truth is not None:
+        logits = torch.cat(list(runner.logits(after, ids, {}))).float()
+        return float(functional.cross_entropy(logits.flatten(0, -2), truth))
+    total, predicted = 0.0, 0
+    batches = ids.split(runner.answering(ids))
+    for logits, tokens in zip(runner.logits(after, ids, {}), batches, strict=True):
+        scored, chosen = answered(runner, logits.float(), tokens)
+        total += float(functional.cross_entropy(scored, chosen, reduction="sum"))
+        predicted += len(chosen)
+    return total / predicted

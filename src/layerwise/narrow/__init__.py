@@ -1,0 +1,1 @@
+"""Whole units out: `(out, in)` float in, `Narrowed` out."""

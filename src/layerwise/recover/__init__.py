@@ -1,0 +1,1 @@
+"""Pruned weights learned anew: `(out, in)` float and its mask in, `Learnable` out."""
