@@ -240,9 +240,16 @@ def read_blend(file: Path) -> Written:
                 "Write a number for each model, or a list of numbers over depth.",
             )
         options = {key: value for key, value in given.items() if key != "weights"}
-        rules[str(pattern)] = Rule(weights, options)
+        rules[str(pattern)] = Rule(
+            None if weights is None else [_floats(one) for one in weights], options
+        )
     said = {key: str(content.get(key) or "") for key in ("method", "base", "dtype")}
     return Written(models=tuple(models), rules=rules, **said)
+
+
+def _floats(given: Curve) -> Curve:
+    """YAML reads 1 as a whole number."""
+    return [float(one) for one in given] if isinstance(given, Sequence) else float(given)
 
 
 def to_yaml(blend: Blend, models: Sequence[str], base: str, dtype: str) -> str:

@@ -116,6 +116,8 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "clients": "clients",  # (clients, ...), the same tensor as each client returned it
         "counts": "clients",  # (clients,), samples that each client learned from
         "state": "clients",  # tensors by name, what the method kept the round before; first none
+        "grads": "clients",  # (clients, ...), the gradient of such a tensor at each client
+        "place": "clients",  # which of the layers with a mask it is, from the output, of how many
         "proxy": "clients",  # loss on the server's own examples, of such a tensor as `server`
     }
 )
@@ -222,6 +224,7 @@ class Method:
     settles: Callable[..., Mapping[str, Any]] | None = None
     fine: bool = False
     across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None
+    begins: Callable[..., Mapping[str, Mapping[str, Any]]] | None = None
     evidence: tuple[str, ...] = field(init=False)
     options: Mapping[str, inspect.Parameter] = field(init=False)
 
@@ -311,6 +314,7 @@ class Verb(Generic[R]):
         settles: Callable[..., Mapping[str, Any]] | None = None,
         fine: bool = False,
         across: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None,
+        begins: Callable[..., Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Enter the decorated function in the catalogue and return it unchanged.
 
@@ -337,6 +341,9 @@ class Verb(Generic[R]):
             fine: An allocator by scores sets each item's density by itself, and is offered many.
             across: What a measure says of the whole model: numbers by name, from its records of
                 all blocks (or layers) in their order.
+            begins: What gives a federation's state before its first round: takes the weights that
+                may be masked, by name, what tells the loss over all clients with such weights in
+                the model's place, a generator, and those options of the method that it has.
 
         Raises:
             ContractError: The function's file, name or parameters break the contract.
@@ -349,19 +356,20 @@ class Verb(Generic[R]):
                 name,
                 run,
                 paper,
-                claims,
-                exempt,
-                rows,
-                unit,
-                codes,
-                widths,
-                nested,
-                stores,
-                activates,
-                learns,
-                settles,
-                fine,
-                across,
+                claims=claims,
+                exempt=exempt,
+                rows=rows,
+                unit=unit,
+                codes=codes,
+                widths=widths,
+                nested=nested,
+                stores=stores,
+                activates=activates,
+                learns=learns,
+                settles=settles,
+                fine=fine,
+                across=across,
+                begins=begins,
             )
             self._check(method)
             _methods[method.id] = method

@@ -95,7 +95,7 @@ def windows(
 
 
 def documents(text: str | Path | Sequence[str], role: str = "calibration") -> Sequence[str]:
-    """The documents of a text, as `windows` reads it.
+    """The strings of a text; `role` says which built-in one is meant: see `windows`.
 
     Raises:
         UserError: It is missing or cannot be read.

@@ -66,6 +66,7 @@ def _joined(
     proxy: Proxy | None,
 ) -> Iterator[tuple[str, Aggregated]]:
     average = catalogue.get("federate/fedavg").run
+    masked = [name for name, state in held.states.items() if "kept" in state][::-1]
     if method.unit == "model":
         yield from _as_one(held, replies, counts, method, options, learned, proxy)
     for name, tensor in held.tensors.items():
@@ -77,12 +78,15 @@ def _joined(
         if name not in learned:
             yield name, average(clients, counts)
         elif method.unit != "model":
-            given = {
+            given: dict[str, Any] = {
                 "server": tensor,
                 "clients": clients,
                 "counts": counts,
                 "state": held.states.get(name, {}),
+                "place": (masked.index(name) if name in masked else 0, max(len(masked), 1)),
             }
+            if "grads" in method.evidence:
+                given["grads"] = torch.stack([reply.grads[name] for reply in replies])
             yield name, method.run(**{word: given[word] for word in method.evidence}, **options)
 
 

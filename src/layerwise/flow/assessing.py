@@ -140,7 +140,7 @@ def assess(
 def _check_sparse(wanted: Skipping, asked: Asked, against: object) -> None:
     """Refuse what a model that leaves work out is not judged on."""
     method = wanted.found()
-    if any(one is not None for one in (against, asked.tasks, asked.detect)):
+    if against is not None or asked.tasks is not None or asked.detect is not None:
         raise UserError(
             f"with {method.id} a model is compared with itself, on text or images.",
             "Leave out the other model, the tasks and the texts to detect.",

@@ -1,6 +1,7 @@
 """A federation in one process: rounds of clients that learn and a server that joins them."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from layerwise import __version__
 from layerwise.core.catalogue import Method
@@ -22,7 +24,7 @@ from layerwise.core.progress import Progress
 from layerwise.core.rounds import LAST, Federation, Global, Reply, RoundRow
 from layerwise.core.staging import Staging, arrange, check_target, stage
 from layerwise.flow.aggregating import Proxy, join
-from layerwise.flow.locally import Local, judged, proxy_loss, restated, seed_of, train
+from layerwise.flow.locally import Local, judged, pooled, proxy_loss, restated, seed_of, train
 from layerwise.flow.studies import Study, held_back, network, settled, shared_out
 
 # What is wrong with a client that was told to fail.
@@ -109,7 +111,13 @@ class Federated:
         return sorted(random.choice(there, wanted, replace=False).tolist())
 
     def reply(
-        self, client: int, sent: Mapping[str, Tensor], round: int, kept: Mapping[str, Tensor]
+        self,
+        client: int,
+        sent: Mapping[str, Tensor],
+        round: int,
+        kept: Mapping[str, Tensor],
+        *,
+        slopes: bool = False,
     ) -> Reply | None:
         """What a client returns; what is wrong with it, if it was told to fail."""
         mine, setting = self.samples[client], self.setting
@@ -123,6 +131,7 @@ class Federated:
             round=round,
             seed=seed,
             kept=kept,
+            slopes=slopes,
         )
         return faulty(reply, (setting.faults or {}).get(client, ""), seed)
 
@@ -130,6 +139,47 @@ class Federated:
         """Accuracy and loss of a global model on what no client has."""
         asked = self.study.test_images, self.study.test_labels
         return judged(self.module, tensors, self.pool, asked, self.setting.local.learning)
+
+    def tried(self, tensors: Mapping[str, Tensor]) -> float:
+        """Loss of a model over all clients, its batch norms restated on their samples, pooled."""
+        there = [client for client, count in enumerate(self.counts) if count]
+        counts = [self.counts[client] for client in there]
+        shown = [self.samples[client] for client in there]
+        stated = [restated(self.module, tensors, self.study.images[mine]) for mine in shown]
+        self.module.load_state_dict({**settled(tensors), **pooled(stated, counts)})
+        self.module.eval()
+        with torch.no_grad():
+            lost = [
+                float(
+                    functional.cross_entropy(
+                        self.module(self.study.images[mine]), self.study.labels[mine]
+                    )
+                )
+                for mine in shown
+            ]
+        return sum(n * loss for n, loss in zip(counts, lost, strict=True)) / sum(counts)
+
+    def begun(self, method: Method, options: Mapping[str, Any]) -> Global:
+        """What the server holds before the first round.
+
+        For a method that begins with masks the server learns from its own samples first; all
+        layers but the first and the last may be masked.
+        """
+        if method.begins is None:
+            return Global(self.first)
+        how, seed = self.setting.local, seed_of(self.setting.seed, 5)
+        learned = train(self.module, self.first, *self.proxy, how, seed=seed).tensors
+        wide = [name for name in self.first if name in self.learned and learned[name].dim() > 1]
+        weights = {name: learned[name] for name in wide[1:-1]}
+        taken = inspect.signature(method.begins).parameters
+        states = method.begins(
+            weights,
+            lambda changed: self.tried({**learned, **changed}),
+            torch.Generator().manual_seed(seed),
+            **{name: value for name, value in options.items() if name in taken},
+        )
+        masked = {name: weights[name] * state["kept"] for name, state in states.items()}
+        return Global({**learned, **masked}, states)
 
     def proxy_loss(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Loss of a global model on what the server holds back."""
@@ -159,7 +209,7 @@ def faulty(reply: Reply, fault: str, seed: int) -> Reply | None:
         else:
             spread = NOISE * float(tensor.std(correction=0))
             made[name] = spread * torch.randn(tensor.shape, generator=noise)
-    return Reply(made, reply.count, reply.loss)
+    return Reply(made, reply.count, reply.loss, reply.grads)
 
 
 def federate(
@@ -191,23 +241,26 @@ def federate(
     if out is not None:
         check_target(out)
     among = Federated(study, setting)
-    if "proxy" in method.evidence and not setting.proxy:
+    own = "proxy" in method.evidence or method.begins is not None
+    if own and not setting.proxy:
         raise UserError(
             f"{method.id} reads samples of the server's own, and none is held back.",
             "Hold some back: --proxy 100.",
         )
-    if setting.local.learning != "supervised" and "proxy" in method.evidence:
+    if setting.local.learning != "supervised" and own:
         raise UserError(
             f"{method.id} reads labels, and clients learn without any.",
             "Use supervised learning, or another method.",
         )
     if out is None:
-        held, rows = _rounds(among, method, options, progress, None, Global(among.first), [])
+        held, rows = _rounds(
+            among, method, options, progress, None, among.begun(method, options), []
+        )
         return _told(among, method, options, rows, held, "")
     infos = [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in among.first.items()]
     name = _identity(among, method, options)
     with stage(out, arrange(infos), name, restart=restart) as staging:
-        held, rows = _resumed(staging, Global(among.first))
+        held, rows = _resumed(staging, among.first) or (among.begun(method, options), [])
         held, rows = _rounds(among, method, options, progress, staging, held, rows)
         if "tensors" not in staging.steps:
             for key, tensor in held.tensors.items():
@@ -266,7 +319,9 @@ def one_round(
     """Ask clients, join what they return, and judge what comes of it."""
     kept = {name: state["kept"] for name, state in held.states.items() if "kept" in state}
     replies = {
-        client: among.reply(client, held.tensors, held.done, kept)
+        client: among.reply(
+            client, held.tensors, held.done, kept, slopes="grads" in method.evidence
+        )
         for client in among.asked(held.done)
     }
     after, excluded = joined(among, method, options, held, replies, proxy)
@@ -321,7 +376,7 @@ def packed(held: Global) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def unpacked(content: Tensor, first: Global) -> Global:
+def unpacked(content: Tensor, first: Mapping[str, Tensor]) -> Global:
     """What `packed` made into bytes, its tensors in the order of the model's."""
     named = safetensors.torch.load(raw_bytes(content).tobytes())
     size = int.from_bytes(raw_bytes(content)[:8].tobytes(), "little")
@@ -332,15 +387,16 @@ def unpacked(content: Tensor, first: Global) -> Global:
         if kind == "state":
             name, _, part = rest.rpartition("/")
             states.setdefault(name, {})[part] = tensor
-    tensors = {name: named[f"tensor/{name}"] for name in first.tensors}
+    tensors = {name: named[f"tensor/{name}"] for name in first}
     ordered = {name: states[name] for name in (*tensors, "") if name in states}
     return Global(tensors, ordered, int(header["__metadata__"]["done"]))
 
 
-def _resumed(staging: Staging, first: Global) -> tuple[Global, list[RoundRow]]:
+def _resumed(staging: Staging, first: Mapping[str, Tensor]) -> tuple[Global, list[RoundRow]] | None:
+    """What the last whole round left; None if there was none."""
     states = staging.states()
     if states is None:
-        return first, []
+        return None
     content = states[_HELD]
     held = unpacked(content[0 : len(content)], first)
     steps = (staging.steps[f"round-{number}"]["facts"] for number in range(1, held.done + 1))
@@ -383,9 +439,3 @@ def _identity(among: Federated, method: Method, options: Mapping[str, Any]) -> s
     for tensor in (*shown, *among.first.values()):
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def module_of(among: Federated, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network with a global model in it, in evaluation mode."""
-    among.module.load_state_dict(settled(tensors))
-    return among.module.eval()

@@ -43,6 +43,11 @@ class Joining:
 
     def __init__(self, among: Federated, method: Method, options: Mapping[str, Any]) -> None:
         check_options(method, options)
+        if method.begins is not None:
+            raise UserError(
+                f"{method.id} has masks that clients of Flower are not sent.",
+                "Use layerwise.federate, or another method.",
+            )
         self.among = among
         self.method = method
         self.options = options

@@ -1,6 +1,6 @@
 """What a client does with its own samples, and how the model that comes of all is judged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,7 @@ def train(
     round: int = 0,
     seed: int = 0,
     kept: Mapping[str, Bool[Tensor, "..."]] | None = None,
+    slopes: bool = False,
 ) -> Reply:
     """Learn from one client's samples, beginning at the global model.
 
@@ -95,6 +96,7 @@ def train(
         round: Which round it is, from 0.
         seed: Of the order of samples, and of what is done to images.
         kept: Masks of parameters, by name: what is False stays zero.
+        slopes: Tell the gradients of the parameters too, of one batch at the end.
     """
     module.load_state_dict(settled(sent))
     anchors = [parameter.detach().clone() for parameter in module.parameters()]
@@ -123,8 +125,19 @@ def train(
                 descent.step()
                 _lay(module, masks)
                 told.append(float(loss.detach()))
-    learned = settled(module.state_dict())
-    return Reply(learned, len(images), sum(told) / max(len(told), 1))
+        learned = settled(module.state_dict())
+        found = _slopes(module, images, labels, how) if slopes else {}
+    return Reply(learned, len(images), sum(told) / max(len(told), 1), found)
+
+
+def _slopes(module: nn.Module, images: Tensor, labels: Tensor, how: Local) -> dict[str, Tensor]:
+    """The gradient of each parameter on one batch."""
+    part = torch.randperm(len(images))[: how.batch]
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    if len(part) < 2:
+        return {name: torch.zeros_like(one) for name, one in module.named_parameters()}
+    loss = local_loss(module, images[part], labels[part], how)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def _lay(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -234,6 +247,28 @@ def proxy_loss(
     apart = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
     answers = functional_call(module, {**tensors, **apart}, (images,))
     return functional.cross_entropy(answers, labels)
+
+
+def pooled(stated: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> dict[str, Tensor]:
+    """Running means and variances of several clients as those of all their samples.
+
+        mean = sum n_k mean_k / n ,   var = sum n_k (var_k + mean_k^2) / n - mean^2
+
+    Args:
+        stated: A model's tensors with each client's statistics.
+        counts: Samples of each.
+    """
+    shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    made: dict[str, Tensor] = {}
+    for name in stated[0]:
+        if name.endswith("running_mean"):
+            other = name.removesuffix("mean") + "var"
+            means = torch.stack([one[name].double() for one in stated])  # (clients, channels)
+            spreads = torch.stack([one[other].double() for one in stated])
+            mean = shares @ means
+            made[name] = mean.float()
+            made[other] = (shares @ (spreads + means.square()) - mean.square()).float()
+    return made
 
 
 def restated(

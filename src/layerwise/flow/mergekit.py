@@ -339,7 +339,7 @@ def _value(tensor: str, setting: Any, depth: float) -> Any:
     """A parameter for one tensor: a number, a list over depth, or the first filter that fits."""
     if isinstance(setting, list):
         if fits(setting, Sequence[float]):
-            return at(setting, depth)
+            return at([float(one) for one in setting], depth)
         for one in setting:
             wanted = one.get("filter")
             if wanted in (None, "*") or wanted in tensor:

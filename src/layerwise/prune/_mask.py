@@ -21,7 +21,8 @@ def check_density(density: float, width: int, among: int) -> None:
             f"rows of {width} inputs do not divide into windows of {among}.",
             f"Choose `among` as a divisor of {width}, or 0 for no windows.",
         )
-    if among and abs(density * among - round(density * among)) > 1e-6:
+    whole = round(density * among)
+    if among and (abs(density * among - whole) > 1e-6 or not whole):
         raise UserError(
             f"density {density} keeps {density * among:g} of every {among} inputs.",
             f"Choose a multiple of 1/{among}.",

@@ -38,8 +38,8 @@ def wanda(
 
         S_ij = |W_ij| * ||X_j||_2 ,   ||X_j||_2 ~ sqrt(gram_jj)
 
-    Each output row keeps its round(density * in) highest scores; rows are never compared with
-    each other.  The weights that stay are not changed.
+    Each output row keeps its round(density * in) highest scores, one at least; rows are never
+    compared with each other.  The weights that stay are not changed.
 
     Unlike the paper, counts are rounded to nearest rather than towards keeping.  The paper does
     not say what to do when no token reached the layer: then it is pruned by magnitude alone,
@@ -62,5 +62,9 @@ def wanda(
     if not norm.any():
         norm, notes = torch.ones_like(norm), ("no input was seen: pruned by magnitude",)
     scores = (weight.float().abs() * norm).reshape(-1, among or weight.shape[1])  # (sets, size)
-    kept = keep_highest(scores, round(density * scores.shape[1])).reshape(weight.shape)
+    count = round(density * scores.shape[1])
+    if not count:
+        empty = f"a density of {density:g} would empty rows of {weight.shape[1]} inputs: one stays"
+        count, notes = 1, (*notes, empty)
+    kept = keep_highest(scores, count).reshape(weight.shape)
     return Pruned(kept, weight.float().where(kept, 0.0), notes)
