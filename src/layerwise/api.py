@@ -52,7 +52,7 @@ from layerwise.flow.sparsifying import skipping as _skipping
 from layerwise.flow.sparsifying import sparsified
 from layerwise.flow.studies import Study, study_of
 from layerwise.flow.survey import Survey, everywhere, survey
-from layerwise.flow.sweeping import points_of, publish
+from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.voting import vote
 from layerwise.flow.wish import Wish
@@ -447,7 +447,7 @@ def sweep(
     points = points_of(wish, methods, budgets, uniform)
     used = {method.id for point in points for method in point.wish.methods()}
     with caches.opened(cache_bytes, lasting=cache) as kept:
-        setting = Clients(
+        setting = Setting(
             str(model),
             Texts(calibration, samples, length, text, text_samples),
             device,

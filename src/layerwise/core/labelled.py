@@ -78,8 +78,8 @@ def labelled(source: Source, given: Labels, *, examples: int, length: int) -> La
             "Give another --length.",
         )
     label = str(given) if isinstance(given, str | Path) else "pairs"
-    found = dict(_pairs(given))
-    rows = sorted(found.items())
+    found: dict[str, str] = dict(_pairs(given))
+    rows: list[tuple[str, str]] = sorted(found.items())
     random.Random(0).shuffle(rows)
     encode, _ = encoder(source)
     rows = rows[:examples]
@@ -109,7 +109,8 @@ def check_labels(
     Raises:
         UserError: There are fewer than two classes, fewer than two texts of one, or few texts.
     """
-    counts = Counter(labels.tolist())
+    seen: list[int] = labels.tolist()
+    counts = Counter(seen)
     names = {one: classes[one] if classes else str(one) for one in counts}
     rare = [names[one] for one, count in counts.items() if count < 2]
     told = f"{where}: {len(labels)} texts of {len(counts)} classes"
@@ -138,7 +139,8 @@ def labelled_texts(given: Labels) -> list[tuple[str, str]]:
 
 def _pairs(given: Labels) -> Iterator[tuple[str, str]]:
     if not isinstance(given, str | Path):
-        yield from ((text, str(name)) for text, name in given)
+        for text, name in given:
+            yield text, str(name)
         return
     path = Path(given).expanduser()
     if path.is_dir():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -225,20 +224,18 @@ def _word(ask: Callable[[View, str], Any], word: str) -> Callable[[View], Any]:
     return lambda view: ask(view, word)
 
 
-_WORDS: Mapping[str, Callable[[View], Any]] = MappingProxyType(
-    {
-        "weights": lambda view: [weight_of(view.source, layer) for layer in view.layers],
-        "norms": lambda view: [view.norms[layer.name] for layer in view.layers],
-        "inputs": lambda view: _tokens(view.hidden),
-        "outputs": lambda view: _tokens(view.after),
-        "positions": lambda view: _positions(view.hidden),
-        "updates": View.updates,
-        "ids": lambda view: view.about.ids,
-        "answers": lambda view: view.about.answers,
-        "lens": View.lens,
-        "states": lambda view: view.states,
-        "labels": lambda view: view.labels,
-    }
-    | {word: _word(View.without, word) for word in LEFT_OUT}
-    | {word: _word(View.effects, word) for word in EFFECTS}
-)
+_WORDS: Mapping[str, Callable[[View], Any]] = {
+    "weights": lambda view: [weight_of(view.source, layer) for layer in view.layers],
+    "norms": lambda view: [view.norms[layer.name] for layer in view.layers],
+    "inputs": lambda view: _tokens(view.hidden),
+    "outputs": lambda view: _tokens(view.after),
+    "positions": lambda view: _positions(view.hidden),
+    "updates": View.updates,
+    "ids": lambda view: view.about.ids,
+    "answers": lambda view: view.about.answers,
+    "lens": View.lens,
+    "states": lambda view: view.states,
+    "labels": lambda view: view.labels,
+    **{word: _word(View.without, word) for word in LEFT_OUT},
+    **{word: _word(View.effects, word) for word in EFFECTS},
+}
