@@ -107,7 +107,7 @@ def translate(file: Path, wanted: Wanted) -> Translated:
         raise UserError(
             f"{file}: {unknown[0]} is not understood.", f"Understood are {', '.join(_ENTRIES)}."
         )
-    name: Any = content.get(KEY)
+    name = str(content.get(KEY))
     if name not in _METHODS:
         raise UserError(
             f"{file}: merge_method {name} is not understood.",
