@@ -60,9 +60,13 @@ class Assembled:
     config: Mapping[str, Any]
     companions: tuple[Path, ...]
 
-    @functools.cached_property
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor, under its new name and shape."""
+        return self._infos
+
+    @functools.cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
         made: dict[str, TensorInfo] = {}
         for name, piece in self.pieces.items():
             shape = piece.info.shape

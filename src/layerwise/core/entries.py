@@ -63,7 +63,7 @@ class Reader:
         file = source.files[name]
         found = torch.empty((stop - start) * info.dtype.itemsize, dtype=torch.uint8)
         place = self._start(file, name) + start * info.dtype.itemsize
-        into, done = memoryview(found.numpy()), 0
+        into, done = found.numpy().data, 0
         while done < len(into):
             got = os.preadv(self._files[file], [into[done:]], place + done)
             if not got:

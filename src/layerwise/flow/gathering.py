@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -138,7 +139,7 @@ def _squares(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
             logits = found if isinstance(found, Tensor) else found.logits
             scored = logits.float().log_softmax(dim=-1)[0]
             for likelihood, weight in _drawn(scored, generator):
-                gradients = torch.autograd.grad(
+                gradients: Any = torch.autograd.grad(
                     likelihood, list(parameters.values()), retain_graph=True, allow_unused=True
                 )
                 for name, gradient in zip(parameters, gradients, strict=True):

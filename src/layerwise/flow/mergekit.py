@@ -107,7 +107,7 @@ def translate(file: Path, wanted: Wanted) -> Translated:
         raise UserError(
             f"{file}: {unknown[0]} is not understood.", f"Understood are {', '.join(_ENTRIES)}."
         )
-    name = content.get(KEY)
+    name = str(content.get(KEY))
     if name not in _METHODS:
         raise UserError(
             f"{file}: merge_method {name} is not understood.",
@@ -156,16 +156,17 @@ def _slices(file: Path, content: Mapping[str, Any], opened: dict[str, Source]) -
     models, slices = content.get("models"), content.get("slices")
     if bool(models) == bool(slices):
         raise UserError(f"{file} must have either models or slices.", "Give one of them.")
-    listed = slices or [{"sources": models}]
+    listed: Any = slices or [{"sources": models}]
     made: list[_Slice] = []
     for one in listed:
-        if not isinstance(one, dict) or not fits(one.get("sources"), Sequence[Mapping[str, Any]]):
+        sources: Any = one.get("sources") if isinstance(one, dict) else None
+        if not fits(sources, Sequence[Mapping[str, Any]]):
             raise UserError(f"{file}: {one!r} is no slice.", "Write sources: [{model: PATH}].")
         if unknown := one.keys() - {"sources", "parameters"}:
             raise UserError(f"{file}: {sorted(unknown)[0]} of a slice is not understood.",
                             "Understood are sources and parameters.")  # fmt: skip
         ranges: list[tuple[int, int]] = []
-        for source in one["sources"]:
+        for source in sources:
             if unknown := source.keys() - {"model", "parameters", "layer_range"}:
                 raise UserError(f"{file}: {sorted(unknown)[0]} of a model is not understood.",
                                 "Understood are model, parameters and layer_range.")  # fmt: skip
@@ -184,7 +185,7 @@ def _slices(file: Path, content: Mapping[str, Any], opened: dict[str, Source]) -
                 f"{file}: the models of a slice have different numbers of layers: {ranges}.",
                 "Give ranges of one length.",
             )
-        made.append(_Slice(one["sources"], ranges, one.get("parameters") or {}))
+        made.append(_Slice(sources, ranges, one.get("parameters") or {}))
     return made
 
 

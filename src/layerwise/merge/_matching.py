@@ -18,7 +18,7 @@ _GAIN = 1e-12
 
 def matched(
     first: State, second: State, symmetries: Sequence[Symmetry], seed: int = 0
-) -> dict[str, Int64[Tensor, " units"]]:
+) -> dict[str, Int64[Tensor, " _"]]:
     """For each symmetry, which unit of the second network comes in each place of the first's.
 
     Coordinate descent: one symmetry after the other, in an order drawn anew for each sweep, is
@@ -52,7 +52,7 @@ def _likeness(
     second: State,
     one: Symmetry,
     others: Sequence[Symmetry],
-    found: Mapping[str, Int64[Tensor, " units"]],
+    found: Mapping[str, Int64[Tensor, " _"]],
 ) -> Float64[Tensor, "units units"]:
     """How alike each unit of the first is to each of the second, all else being permuted."""
     units = len(found[one.name])
@@ -70,7 +70,7 @@ def permuted(
     name: str,
     tensor: Tensor,
     symmetries: Sequence[Symmetry],
-    found: Mapping[str, Int64[Tensor, " units"]],
+    found: Mapping[str, Int64[Tensor, " _"]],
 ) -> Tensor:
     """A tensor with its units in the places that were found for them."""
     for one in symmetries:
