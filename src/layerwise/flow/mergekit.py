@@ -130,6 +130,7 @@ def translate(file: Path, wanted: Wanted) -> Translated:
     if (
         base_name is not None
         and not tied
+        and name != "slerp"
         and not any(source["model"] == base_name for one in slices for source in one.sources)
     ):
         members.remove(base_name)
@@ -140,7 +141,7 @@ def translate(file: Path, wanted: Wanted) -> Translated:
     settings = _settings(file, name, method, content, slices, members, sources)
     return Translated(
         found,
-        sources[base_name] if tied else None,
+        sources[base_name] if tied and base_name is not None else None,
         replace(
             wanted,
             blend=Blend(method.ours, settings),
