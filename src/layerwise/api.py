@@ -358,7 +358,7 @@ def sweep(
     points = points_of(wish, methods, budgets, uniform)
     used = {method.id for point in points for method in point.wish.methods()}
     with caches.opened(cache_bytes, lasting=cache) as kept:
-        setting = Clients(
+        setting = Setting(
             str(model),
             Texts(calibration, samples, length, text, text_samples),
             device,
