@@ -37,7 +37,7 @@ from layerwise.flow.preparing import Proving, Texts, check, prepare, rewritten
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.studies import Study, study_of
 from layerwise.flow.survey import Survey, everywhere, survey
-from layerwise.flow.sweeping import points_of, publish
+from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.voting import vote
 from layerwise.flow.wish import Wish
