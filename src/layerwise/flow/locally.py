@@ -275,7 +275,11 @@ def restated(
     module: nn.Module, tensors: Mapping[str, Tensor], images: Tensor
 ) -> Mapping[str, Tensor]:
     """A model whose batch norms have the statistics of some samples; another is left as it is."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        part
+        for part in module.modules()
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    ]
     if not norms:
         return tensors
     module.load_state_dict(settled(tensors))
