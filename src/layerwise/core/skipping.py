@@ -14,7 +14,7 @@ What is left out is a method's to say; how is here, for each kind of work:
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
@@ -84,7 +84,7 @@ class Sparse:
         )
 
     @contextmanager
-    def dense(self) -> Iterator[Any]:
+    def dense(self) -> Generator[Any]:
         """The model as it was, inside."""
         before, self.on = self.on, False
         try:

@@ -1,6 +1,6 @@
 """What a run computes and what it leaves out: floating-point operations, and bytes of a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ class Tally:
         self.skipped += flops * (entries - held)
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def counting(self) -> Generator[None]:
         """Count what is computed inside."""
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             yield

@@ -59,20 +59,24 @@ class ThinLayer(DynamicLayer):
 
     def thinned(self, kept: Bool[Tensor, "batch heads size"], recent: int) -> None:
         """Drop channels of all tokens but the last `recent`."""
-        old, new = self.keys[:, :, :-recent], self.keys[:, :, -recent:]
+        keys, _ = self.filled()
+        old, new = keys[:, :, :-recent], keys[:, :, -recent:]
         index = _places(kept)[:, :, None].expand(*old.shape[:3], -1)
         # A copy of what stays: a view would hold all of it.
         self.thin, self.keys, self.kept = old.gather(3, index), new.clone(), kept
 
-    @property
-    def held(self) -> int:
-        """Bytes of all that."""
-        parts = (self.keys, self.values, self.thin, self.kept)
-        return sum(part.untyped_storage().nbytes() for part in parts if part is not None)
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, where there are any."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Tokens that it holds."""
-        return self.values.shape[2] if self.is_initialized and self.values.numel() else 0
+        if not self.is_initialized:
+            return 0
+        _, values = self.filled()
+        return values.shape[2] if values.numel() else 0
 
     def reset(self) -> None:
         """Hold nothing."""
@@ -94,7 +98,7 @@ class ThinLayer(DynamicLayer):
             self._each(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.keys, self.values = change(self.keys), change(self.values)
+        self.keys, self.values = (change(part) for part in self.filled())
         if self.thin is not None and self.kept is not None:
             self.thin, self.kept = change(self.thin), change(self.kept)
 
@@ -144,7 +148,7 @@ class ThinCache(DynamicCache):
             return
         if queries.shape[2] < 2 or layer.get_seq_length() <= self.recent:
             return
-        keys = layer.keys
+        keys, _ = layer.filled()
         if question.mask is not None:
             real = _real(question.mask)[..., None]  # (batch or 1, 1, tokens, 1)
             keys, queries = keys * real, queries * real[:, :, -queries.shape[2] :]
@@ -153,13 +157,11 @@ class ThinCache(DynamicCache):
     def held(self) -> int:
         """Bytes of its tensors."""
         return sum(
-            one.held if isinstance(one, ThinLayer) else _bytes(one.keys) + _bytes(one.values)
+            part.untyped_storage().nbytes()
             for one in self.layers
+            for part in vars(one).values()
+            if isinstance(part, Tensor)
         )
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.itemsize
 
 
 def _real(mask: Tensor) -> Bool[Tensor, "batch 1 tokens"]:

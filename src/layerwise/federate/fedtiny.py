@@ -61,7 +61,7 @@ def _begin(
 def fedtiny(
     clients: Float[Tensor, "clients ..."],
     counts: Integer[Tensor, " _"],
-    grads: Float[Tensor, "_ ..."],
+    grads: Float[Tensor, "clients ..."],
     place: Sequence[int],
     state: Mapping[str, Tensor],
     *,

@@ -113,12 +113,15 @@ def _as_one(
     def flat(tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([tensors[name].flatten() for name in names])
 
+    def of_vector(vector: Tensor) -> Tensor:
+        return _known(proxy)({**held.tensors, **parts(vector)})
+
     given: dict[str, Any] = {
         "server": flat(held.tensors),
         "clients": torch.stack([flat(reply.tensors) for reply in replies]),
         "counts": counts,
         "state": held.states.get(WHOLE, {}),
-        "proxy": lambda vector: _known(proxy)({**held.tensors, **parts(vector)}),
+        "proxy": of_vector,
     }
     found = method.run(**{word: given[word] for word in method.evidence}, **options)
     for name, part in parts(found.weight).items():

@@ -172,9 +172,13 @@ class Federated:
         wide = [name for name in self.first if name in self.learned and learned[name].dim() > 1]
         weights = {name: learned[name] for name in wide[1:-1]}
         taken = inspect.signature(method.begins).parameters
+
+        def tried(changed: Mapping[str, Tensor]) -> float:
+            return self.tried({**learned, **changed})
+
         states = method.begins(
             weights,
-            lambda changed: self.tried({**learned, **changed}),
+            tried,
             torch.Generator().manual_seed(seed),
             **{name: value for name, value in options.items() if name in taken},
         )

@@ -141,7 +141,7 @@ def translate(file: Path, wanted: Wanted) -> Translated:
     settings = _settings(file, name, method, content, slices, members, sources)
     return Translated(
         found,
-        sources[base_name] if tied and base_name is not None else None,
+        sources[str(base_name)] if tied and base_name is not None else None,
         replace(
             wanted,
             blend=Blend(method.ours, settings),

@@ -214,13 +214,13 @@ def _makers(source: Source, method: catalogue.Method, joint: Joint) -> dict[str,
     """
     if not {"filters", "shifts"}.intersection(method.evidence):
         return {}
-    if len(joint.makers) > 1 or joint.seam.parts > 1:
+    maker, *others = joint.makers
+    if others or joint.seam.parts > 1:
         raise UserError(
             f"{method.id} goes by the one layer that makes the channels, and those that "
             f"{joint.reader.name} reads are made by several.",
             "Take another method (`layerwise methods narrow`).",
         )
-    (maker,) = joint.makers
     filters, bias = maker.read(source).float(), source.tensors.get(f"{maker.name}.bias")
     shifts = torch.zeros(maker.rows) if bias is None else source.read(bias.name).float()
     name = f"{maker.block}.{joint.seam.norm}"

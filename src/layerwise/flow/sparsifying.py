@@ -311,8 +311,9 @@ def contributions(
     count = len(blocks_of(model))
     scores = torch.zeros(count)
     for number in range(count):
-        with skip_blocks(model, method, torch.arange(count) != number) as frozen:
-            frozen.group = group
+        frozen = skip_blocks(model, method, torch.arange(count) != number)
+        frozen.group = group
+        with frozen:
             after = _last(model, ids)
         divergence = functional.kl_div(before, after, reduction="none", log_target=True)
         scores[number] = divergence.sum(dim=1, dtype=torch.float64).mean()

@@ -111,8 +111,7 @@ def evidence(
         "ends": torch.tensor([1.0, 1.5]),
         "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
-        # Of the mean squared output, whose Hessian is 2 gram for every row.
-        "hessian": lambda direction: 2 * direction @ inputs.T @ inputs / len(inputs),
+        "hessian": functools.partial(_curved, inputs),
         "models": together,
         "columns": weight.float().norm(dim=0),  # (in,)
         "activations": inputs,
@@ -123,7 +122,7 @@ def evidence(
         "state": {},
         "grads": together - weight.float(),
         "place": (0, 1),
-        "proxy": lambda tried: (tried.float() - together[0]).square().mean(),
+        "proxy": functools.partial(_apart, together[0]),
     }
     if _MERGED & set(words):
         made |= _merged(weight.float(), tuned, inputs * seen)
@@ -253,6 +252,15 @@ def _coarse(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """The weight on seven levels, as a careless quantizer would leave it."""
     step = weight.abs().amax() / 3
     return weight if step == 0 else (weight / step).round() * step
+
+
+def _curved(inputs: Float[Tensor, "tokens in"], direction: Tensor) -> Tensor:
+    """The Hessian of the mean squared output, 2 gram for every row, times a direction."""
+    return 2 * direction @ inputs.T @ inputs / len(inputs)
+
+
+def _apart(wanted: Tensor, tried: Tensor) -> Tensor:
+    return (tried.float() - wanted).square().mean()
 
 
 def _items(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "_ _"], ...]:

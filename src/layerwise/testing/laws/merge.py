@@ -1,5 +1,6 @@
 """Laws of merges."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -137,8 +138,12 @@ def _scaled(given: Mapping[str, Any], unit: float) -> dict[str, Any]:
     if "origin" in given:
         made["origin"] = {key: one * unit for key, one in given["origin"].items()}
     if "loss" in given:
-        made["loss"] = lambda state: given["loss"]({key: state[key] / unit for key in state})
+        made["loss"] = functools.partial(_loss_in, unit, given["loss"])
     return made
+
+
+def _loss_in(unit: float, loss: Any, network: Mapping[str, Tensor]) -> float:
+    return loss({name: one / unit for name, one in network.items()})
 
 
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
