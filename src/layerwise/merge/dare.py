@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from layerwise.core.catalogue import Claim, Paper
+from layerwise.core.catalogue import Paper
 from layerwise.core.verbs import merger
 from layerwise.merge._differences import share_of_all
 from layerwise.merge._dropping import dropped
@@ -19,15 +19,6 @@ from layerwise.merge._dropping import dropped
         "2311.03099",
     ),
     rows="entry",
-    claims=(
-        Claim(
-            "dare_ties",
-            "stories260k-tuned/merge",
-            {"density": 0.5, "scale": 0.5},
-            0.0,
-            "a check of our own: rescaled sums keep more than signs elected among them",
-        ),
-    ),
 )
 def dare(
     models: Float[Tensor, "models ..."],
