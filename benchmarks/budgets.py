@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import layerwise as lw
-from layerwise.core.outcome import SweepPoint
 from layerwise.core.progress import Silent
+from layerwise.core.telling.outcome import SweepPoint
 
 ASSETS = Path(os.environ["LAYERWISE_ASSETS"])
 BUDGETS = (2.0, 2.5, 3.0, 4.0)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import layerwise as lw
-from layerwise.core.outcome import Report
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.telling.outcome import Report
 
 ASSETS = Path(os.environ["LAYERWISE_ASSETS"])
 MODEL = ASSETS / "models/stories-char-940k"

@@ -112,7 +112,7 @@ def _run_missing(words: Sequence[str]) -> None:
 def one(model: str, treatment: str) -> list[dict[str, Any]]:
     """A row for each measure; the picture of the inspection is written beside the page."""
     import layerwise as lw
-    from layerwise.core.inspection import TRUTH
+    from layerwise.core.telling.inspection import TRUTH
     from layerwise.report import inspection_svg
 
     assets, facts = Path(os.environ["LAYERWISE_ASSETS"]), MODELS[model]

@@ -183,7 +183,7 @@ def _private(pid: int) -> int:
 
 def _ties_error(base: Path, models: list[Path], out: Path) -> float:
     import layerwise as lw
-    from layerwise.core.checkpoint import open_checkpoint
+    from layerwise.core.reading.checkpoint import open_checkpoint
 
     if out.is_dir():
         shutil.rmtree(out)

@@ -264,7 +264,7 @@ def _judged(model: Any, out: Path) -> tuple[float, float]:
 
 def _write_page(rows: Sequence[Row]) -> None:
     """The page, and a picture for each model."""
-    from layerwise.core.outcome import Sweep
+    from layerwise.core.telling.outcome import Sweep
     from layerwise.report.plots import pareto_svg
 
     lines = [INTRODUCTION]
@@ -289,7 +289,7 @@ def _write_page(rows: Sequence[Row]) -> None:
 
 
 def _point(row: Row, among: Sequence[Row]) -> Any:
-    from layerwise.core.outcome import SweepPoint
+    from layerwise.core.telling.outcome import SweepPoint
 
     size, kl = int(row["bytes"]), float(row["kl"])
     front = not any(int(other["bytes"]) <= size and float(other["kl"]) < kl for other in among)

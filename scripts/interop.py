@@ -161,7 +161,7 @@ def _compare_one(python: str, work: Path, name: str, model: str, text: str | Non
     import torch
 
     import layerwise as lw
-    from layerwise.core.text import windows
+    from layerwise.core.reading.text import windows
 
     source = lw.open(model).source
     work.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def _answers(out: Path, ids: Any) -> tuple[Any, Any]:
 
 def _kinds(out: Path, stored: Mapping[str, str]) -> Mapping[str, str]:
     """How each layer's weight is stored, by the layer's name."""
-    from layerwise.core.checkpoint import open_checkpoint
+    from layerwise.core.reading.checkpoint import open_checkpoint
     from layerwise.export.gguf import Gguf
 
     names = Gguf(open_checkpoint(out)).model.names

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import layerwise as lw
-from layerwise.core.outcome import Report
+from layerwise.core.telling.outcome import Report
 
 SEEN, SHOWN = 1200, 100
 EDGES = ("first", "last")

@@ -26,7 +26,7 @@ def imports(file: Path) -> set[str]:
     return {name for name in found if name.startswith("layerwise.")}
 
 
-@pytest.mark.parametrize("file", sorted((SOURCE / "core").glob("*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((SOURCE / "core").rglob("*.py")), ids=lambda f: f.name)
 def test_core_imports_no_other_room(file):
     assert not {name for name in imports(file) if name.split(".")[1] in ROOMS}
 

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.core.structure import Layer
-from layerwise.core.walk import gather
+from layerwise.core.reading.structure import Layer
+from layerwise.core.running.walk import gather
 from layerwise.flow.preparing import Texts, prepare
 from layerwise.testing.outliers import with_outliers
 

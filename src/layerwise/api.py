@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core import cache as caches
 from layerwise.core import catalogue
-from layerwise.core.blend import Curve, Rule, read_blend
-from layerwise.core.checkpoint import Source, open_checkpoint, open_source
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import Forecast
-from layerwise.core.inspection import Inspection
-from layerwise.core.labelled import Labels
-from layerwise.core.merged import Merge
-from layerwise.core.outcome import ByteVote, Evaluation, Report, Sweep
-from layerwise.core.parents import Missing
+from layerwise.core.keeping import cache as caches
+from layerwise.core.merging.blend import Curve, Rule, read_blend
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
-from layerwise.core.rounds import Federation
-from layerwise.core.skipping import Sparse
-from layerwise.core.structure import Structure, structure
-from layerwise.core.text import Text
+from layerwise.core.reading.checkpoint import Source, open_checkpoint, open_source
+from layerwise.core.reading.labelled import Labels
+from layerwise.core.reading.parents import Missing
+from layerwise.core.reading.structure import Structure, structure
+from layerwise.core.reading.text import Text
+from layerwise.core.running.skipping import Sparse
+from layerwise.core.telling.forecast import Forecast
+from layerwise.core.telling.inspection import Inspection
+from layerwise.core.telling.merged import Merge
+from layerwise.core.telling.outcome import ByteVote, Evaluation, Report, Sweep
+from layerwise.core.telling.rounds import Federation
 from layerwise.core.written import read_yaml
 from layerwise.evaluate.pictures import Images
 from layerwise.evaluate.tasks import Tasks

@@ -93,7 +93,7 @@ def _command(words: list[str], log: Path, fate: Fate) -> None:
     import torch
 
     from layerwise.cli import main
-    from layerwise.core import stream
+    from layerwise.core.running import stream
 
     with log.open("w") as printed:
         os.dup2(printed.fileno(), 1)

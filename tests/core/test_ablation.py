@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.ablation import LEFT_OUT, ablated, answered
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import UpdateCollector
-from layerwise.core.runner import Runner
+from layerwise.core.running.ablation import LEFT_OUT, ablated, answered
+from layerwise.core.running.evidence import UpdateCollector
+from layerwise.core.running.runner import Runner
 
 KINDS = ("llama", "gpt2", "gpt_neox", "phi", "gemma2", "opt", "qwen3_moe")
 

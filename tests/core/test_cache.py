@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from layerwise.core.apply import transform
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates, Losses
-from layerwise.core.checkpoint import open_source
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates, Losses
 from layerwise.core.plan import LayerPlan
-from layerwise.core.structure import structure
+from layerwise.core.reading.checkpoint import open_source
+from layerwise.core.reading.structure import structure
+from layerwise.core.running.apply import transform
 
 TENSORS = {"codes": torch.arange(12).reshape(3, 4), "scale": torch.ones(3, dtype=torch.bfloat16)}
 PLANS = {

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
-from layerwise.core.fisher import GRADIENT_WINDOWS, WeightGradients, output_fisher
 from layerwise.core.progress import Silent
-from layerwise.core.runner import Runner
+from layerwise.core.running.carried import Shelf
+from layerwise.core.running.fisher import GRADIENT_WINDOWS, WeightGradients, output_fisher
+from layerwise.core.running.runner import Runner
 
 
 def by_autograd(module, layers, ids):

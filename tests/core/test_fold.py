@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.core.checkpoint import Source, open_checkpoint
-from layerwise.core.fold import fold
-from layerwise.core.runner import Runner
-from layerwise.core.structure import Layer, Structure, structure
+from layerwise.core.reading.checkpoint import Source, open_checkpoint
+from layerwise.core.reading.structure import Layer, Structure, structure
+from layerwise.core.rewriting.fold import fold
+from layerwise.core.running.runner import Runner
 
 # How often each kind of feeder occurs in two blocks; families that are not here have none.
 FEEDERS = {

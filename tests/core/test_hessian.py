@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import layerwise as lw
 from layerwise.core.errors import UserError
-from layerwise.core.hessian import Change, Divergence, divergence_shares, shares
 from layerwise.core.progress import Silent
-from layerwise.core.runner import Runner
+from layerwise.core.running.hessian import Change, Divergence, divergence_shares, shares
+from layerwise.core.running.runner import Runner
 
 hessian = torch.autograd.functional.hessian
 

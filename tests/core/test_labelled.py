@@ -7,7 +7,7 @@ import torch
 import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
-from layerwise.core.labelled import labelled
+from layerwise.core.reading.labelled import labelled
 
 PAIRS = [(f"text number {n} is {'good' if n % 2 else 'bad'}", n % 2) for n in range(30)]
 

@@ -8,10 +8,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import Moments
-from layerwise.core.narrowing import (
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.structure import structure
+from layerwise.core.results import Narrowed
+from layerwise.core.rewriting.narrowing import (
     blocks_dropped,
     by_seam,
     joints,
@@ -20,10 +21,9 @@ from layerwise.core.narrowing import (
     shared_widths,
     spendable,
 )
-from layerwise.core.results import Narrowed
-from layerwise.core.rewriting import Rewritten
-from layerwise.core.runner import Runner
-from layerwise.core.structure import structure
+from layerwise.core.rewriting.rewriting import Rewritten
+from layerwise.core.running.evidence import Moments
+from layerwise.core.running.runner import Runner
 
 KINDS = [
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi3"),

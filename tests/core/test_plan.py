@@ -9,10 +9,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan, check_plan, read_plan, to_yaml
-from layerwise.core.structure import Structure, structure
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.structure import Structure, structure
 
 DOWN = "model.layers.{}.mlp.down_proj"
 

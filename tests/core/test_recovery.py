@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
+from layerwise.core.reading.checkpoint import open_checkpoint
 
 QUICK = {"samples": 16, "text_samples": 8, "length": 32, "noise_floor": False, "cache": False}
 PRUNED = {"pruner": "magnitude", "density": 0.4, **QUICK}

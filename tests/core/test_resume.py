@@ -14,8 +14,8 @@ import torch
 from cli import children
 from cli.children import Fate
 
-from layerwise.core.checkpoint import TensorInfo
-from layerwise.core.staging import arrange, stage
+from layerwise.core.keeping.staging import arrange, stage
+from layerwise.core.reading.checkpoint import TensorInfo
 
 STEP = 1 << 13
 BLOCKS = 6

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.core.checkpoint import Source, module_source, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.rewriting import (
+from layerwise.core.reading.checkpoint import Source, module_source, open_checkpoint
+from layerwise.core.reading.structure import structure
+from layerwise.core.rewriting.rewriting import (
     Rewriting,
     Rewritten,
     Scale,
@@ -25,9 +26,8 @@ from layerwise.core.rewriting import (
     stream_turned,
     values_turned,
 )
-from layerwise.core.rotation import rotation
-from layerwise.core.runner import Runner
-from layerwise.core.structure import structure
+from layerwise.core.rewriting.rotation import rotation
+from layerwise.core.running.runner import Runner
 
 TURNED = [
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3"),

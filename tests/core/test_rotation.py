@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from layerwise.core.rotation import (
+from layerwise.core.rewriting.rotation import (
     closest_pair,
     hadamard,
     hadamard_orders,

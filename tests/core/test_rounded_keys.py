@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.core.activation import Activation
-from layerwise.core.checkpoint import Source, open_checkpoint
-from layerwise.core.products import RoundedKeys
-from layerwise.core.rewriting import Rewriting, Rewritten, keys_scaled, rewrite, stream_of
-from layerwise.core.runner import Runner
-from layerwise.core.structure import structure
-from layerwise.flow.preparing import Texts, rewritten
+from layerwise.core.reading.checkpoint import Source, open_checkpoint
+from layerwise.core.reading.structure import structure
+from layerwise.core.rewriting.rewriting import Rewriting, Rewritten, keys_scaled, rewrite, stream_of
+from layerwise.core.running.products import RoundedKeys
+from layerwise.core.running.runner import Runner
+from layerwise.flow.preparing import Texts
+from layerwise.flow.rewriting import rewritten
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
 INT4 = Activation("int4")

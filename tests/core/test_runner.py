@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from layerwise.core.checkpoint import Source, module_source, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import Collector
-from layerwise.core.runner import Runner
-from layerwise.core.structure import Layer, Structure, structure
+from layerwise.core.reading.checkpoint import Source, module_source, open_checkpoint
+from layerwise.core.reading.structure import Layer, Structure, structure
+from layerwise.core.running.evidence import Collector
+from layerwise.core.running.runner import Runner
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -10,8 +10,8 @@ from torch import nn
 import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
-from layerwise.core.skipping import found_in, skip_blocks, skip_tokens
-from layerwise.core.tally import Tally
+from layerwise.core.running.skipping import found_in, skip_blocks, skip_tokens
+from layerwise.core.running.tally import Tally
 from layerwise.flow.sparsifying import contributions
 
 IDS = models.inputs("llama")

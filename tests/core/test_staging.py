@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from layerwise.core.checkpoint import DTYPES, INDEX, TensorInfo
 from layerwise.core.errors import UserError
-from layerwise.core.staging import Staging, arrange, stage
+from layerwise.core.keeping.staging import Staging, arrange, stage
+from layerwise.core.reading.checkpoint import DTYPES, INDEX, TensorInfo
 
 WIDE = TensorInfo("wide", torch.float32, (5, 7))
 HALF = TensorInfo("half", torch.bfloat16, (3,))

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint, open_source
-from layerwise.core.structure import structure
+from layerwise.core.reading.checkpoint import open_checkpoint, open_source
+from layerwise.core.reading.structure import structure
 
 WISHES = {
     "rtn": {"bits": 3, "group": 16},

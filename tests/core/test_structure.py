@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.core.checkpoint import module_source, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.families import FAMILIES, GENERIC
-from layerwise.core.structure import Structure, structure
+from layerwise.core.reading.checkpoint import module_source, open_checkpoint
+from layerwise.core.reading.families import FAMILIES, GENERIC
+from layerwise.core.reading.structure import Structure, structure
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

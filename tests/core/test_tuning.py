@@ -14,7 +14,7 @@ from torch import nn
 import layerwise as lw
 from layerwise.core.errors import UserError
 from layerwise.core.plan import read_plan, to_yaml
-from layerwise.core.tuning import Tuned, told
+from layerwise.core.running.tuning import Tuned, told
 
 TEXT = {"proof": "logits", "samples": 8, "length": 32, "text_samples": 4, "noise_floor": False}
 

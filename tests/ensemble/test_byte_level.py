@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.vocabulary import PlainBytes, Tokens, vocabulary_of
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.vocabulary import PlainBytes, Tokens, vocabulary_of
 from layerwise.ensemble.byte_level import (
     ByteLevel,
     Vote,

@@ -31,7 +31,7 @@ def test_the_figures_are_those_of_the_hooked_model(llama, text):
 
 
 def _ids(model, text):
-    from layerwise.core.text import windows
+    from layerwise.core.reading.text import windows
 
     return windows(lw.open(model).source, text, samples=3, length=32).ids
 

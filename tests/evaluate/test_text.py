@@ -12,11 +12,11 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.runner import Runner
-from layerwise.core.structure import structure
-from layerwise.core.text import Windows, windows
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.structure import structure
+from layerwise.core.reading.text import Windows, windows
+from layerwise.core.running.runner import Runner
 from layerwise.evaluate.text import compare
 
 READ = {"samples": 6, "length": 32}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import layerwise as lw
+from layerwise.core.keeping.staging import Staging, arrange
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.staging import Staging, arrange
 
 TEXT = torch.arange(8 * 32).remainder(256).reshape(8, 32)
 TEXTS: dict[str, Any] = {"text": TEXT, "length": 32, "text_samples": 8}
@@ -101,7 +101,7 @@ def test_a_run_that_stopped_ends_with_the_same_bytes(llama, tmp_path, monkeypatc
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("layerwise.core.staging.Staging.finish_step", stopping)
+    monkeypatch.setattr("layerwise.core.keeping.staging.Staging.finish_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         lw.compress(llama, tmp_path / "out", **GRID, rank=4, **TEXTS)
     assert (tmp_path / "out.partial" / WEIGHTS).exists()
@@ -115,7 +115,7 @@ def test_a_run_that_stopped_ends_with_the_same_bytes(llama, tmp_path, monkeypatc
 
 def test_restart_without_a_rank_leaves_no_adapter(llama, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("layerwise.core.staging.Staging.publish", interrupted)
+        patched.setattr("layerwise.core.keeping.staging.Staging.publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             lw.compress(llama, tmp_path / "out", **GRID, rank=4, proof="none")
     lw.compress(llama, tmp_path / "out", **GRID, proof="none", restart=True)

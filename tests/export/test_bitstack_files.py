@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.packing import unpack_bits
-from layerwise.core.text import windows
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.text import windows
 from layerwise.export.bitstack import ORDER, VERSION, BitStack, Packed
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")

@@ -13,7 +13,7 @@ import layerwise as lw
 from layerwise.core.activation import SCHEMES
 from layerwise.core.packing import pack, unpack
 from layerwise.core.plan import LayerPlan
-from layerwise.core.structure import structure
+from layerwise.core.reading.structure import structure
 from layerwise.export.compressed_tensors import CompressedTensors
 
 PACKED = "pack-quantized"

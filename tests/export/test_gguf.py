@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import layerwise as lw
 from layerwise import builtin
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.economy import Economy
+from layerwise.core.keeping.staging import Staging
 from layerwise.core.plan import LayerPlan
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.text import windows
 from layerwise.core.results import SCALE_DTYPE, Quantized
-from layerwise.core.staging import Staging
-from layerwise.core.text import windows
 from layerwise.export._gguf_blocks import KINDS, blocks
 from layerwise.export.gguf import Gguf
 
@@ -194,7 +194,7 @@ def test_by_tensor_and_by_block_write_the_same(llama, tmp_path):
 def test_slices_of_rows_write_the_same(llama, tmp_path, monkeypatch):
     wish = {"bits": 4, "format": "gguf", "proof": "none"}
     lw.compress(llama, tmp_path / "whole", **wish)
-    monkeypatch.setattr("layerwise.core.stream.SLICE_ENTRIES", 64)
+    monkeypatch.setattr("layerwise.core.running.stream.SLICE_ENTRIES", 64)
     economy = Economy(read_bytes=64)
     monkeypatch.setattr(
         "layerwise.flow.compressing.promised", lambda seen, _: (economy, seen.forecast(economy))
@@ -213,7 +213,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(llama, tmp_path, monkeypatch):
         next(left)
         return write(*given, **named)
 
-    monkeypatch.setattr("layerwise.core.staging.Staging.write", dies)
+    monkeypatch.setattr("layerwise.core.keeping.staging.Staging.write", dies)
     with pytest.raises(StopIteration):
         lw.compress(llama, tmp_path / "out", **wish)
     monkeypatch.undo()

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.packing import pack_bits, unpack_bits
+from layerwise.core.reading.checkpoint import open_checkpoint
 from layerwise.export.layerwise import VERSION, Layerwise
 
 TEXT = torch.arange(8 * 32).remainder(256).reshape(8, 32)

@@ -106,7 +106,7 @@ def test_all_weights_kept_is_fedavg(study):
     among = Federated(study, setting)
     tiny, plain = catalogue.get("federate/fedtiny"), catalogue.get("federate/fedavg")
     held = among.begun(tiny, {"density": 1.0, "pool": 1})
-    from layerwise.core.rounds import Global
+    from layerwise.core.telling.rounds import Global
     from layerwise.flow.federating import one_round
 
     ours, _ = one_round(among, tiny, {"density": 1.0, "every": 1}, held)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates
 from layerwise.core.errors import UserError
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates
 from layerwise.core.plan import read_plan, to_yaml
 from layerwise.flow import market as markets
 from layerwise.flow.planning import make_plan
@@ -192,7 +192,7 @@ def test_a_plan_edited_by_hand_is_stitched(llama, own_cache, tmp_path, monkeypat
     text = (tmp_path / "one" / "plan.yaml").read_text()
     edited = tmp_path / "plan.yaml"
     edited.write_text(text.replace("bits: 3", "bits: 2").replace("bits: 4", "bits: 3"))
-    from layerwise.core import walk
+    from layerwise.core.running import walk
 
     def never(*_, **__):
         raise AssertionError("calibration was touched")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.text import windows
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.text import windows
 from layerwise.evaluate.lastde import auroc, scores
 from layerwise.flow.loading import answers, load
 

@@ -12,7 +12,7 @@ import layerwise as lw
 from layerwise.cli import main
 from layerwise.cli.parser import LOCAL
 from layerwise.core.errors import UserError
-from layerwise.core.rounds import Reply, unsound
+from layerwise.core.telling.rounds import Reply, unsound
 from layerwise.flow.federating import Clients, Federated
 from layerwise.flow.locally import Local, changed, simclr_loss, train
 from layerwise.flow.studies import Study, held_back, network, shared_out
@@ -51,7 +51,7 @@ def test_a_broken_client_is_left_out_and_named(study, fault, reason):
 def test_leaving_a_client_out_is_never_having_asked_it(study):
     among = Federated(study, Clients(clients=5, proxy=12, faults={2: "nan"}))
     from layerwise.core import catalogue
-    from layerwise.core.rounds import Global
+    from layerwise.core.telling.rounds import Global
     from layerwise.flow.aggregating import join
 
     average = catalogue.get("federate/fedavg")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import layerwise as lw
 from layerwise.core.errors import UserError
-from layerwise.core.inspection import TRUTH, Inspection, Truth
+from layerwise.core.telling.inspection import TRUTH, Inspection, Truth
 from layerwise.flow.agreeing import agreement, rank_correlation
 from layerwise.prune.wanda import wanda
 from layerwise.quantize.rtn import rtn

@@ -11,8 +11,8 @@ import layerwise as lw
 from layerwise.cli import main
 from layerwise.core.economy import LAVISH, Economy, memory_limit, shown
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import Foresight
 from layerwise.core.progress import Silent
+from layerwise.core.telling.forecast import Foresight
 
 TEXT = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
 RTN = {"bits": 4, "group": 16, "format": "layerwise"}

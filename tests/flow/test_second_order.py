@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates
 from layerwise.core.economy import Economy
 from layerwise.core.errors import UserError
-from layerwise.core.hessian import divergence_shares
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Silent
-from layerwise.core.sample import sampled
+from layerwise.core.running.hessian import divergence_shares
+from layerwise.core.telling.sample import sampled
 from layerwise.flow import planning
 from layerwise.flow.foreseeing import _Running
 from layerwise.flow.planning import make_plan

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.progress import Silent
+from layerwise.core.reading.checkpoint import open_checkpoint
 
 QUICK = {"samples": 4, "text_samples": 4, "length": 32, "noise_floor": False, "cache": False}
 FLAP = {"narrow": "flap", "keep": 0.7, **QUICK}

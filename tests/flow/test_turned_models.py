@@ -7,11 +7,11 @@ import torch
 import yaml
 
 import layerwise as lw
-from layerwise.core.checkpoint import open_checkpoint, open_source
 from layerwise.core.errors import UserError
 from layerwise.core.plan import read_plan
-from layerwise.core.rewriting import Rewriting, rewrite
-from layerwise.core.structure import structure
+from layerwise.core.reading.checkpoint import open_checkpoint, open_source
+from layerwise.core.reading.structure import structure
+from layerwise.core.rewriting.rewriting import Rewriting, rewrite
 from layerwise.testing.outliers import with_outliers
 
 QUICK = {"samples": 4, "text_samples": 4, "length": 32, "group": 32, "symmetric": True}

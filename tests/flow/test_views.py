@@ -51,7 +51,7 @@ def test_refuses_a_model_that_foretells_nothing(tmp_path):
 
 def test_a_layer_that_was_not_scored_is_shown_without(llama):
     from layerwise import report
-    from layerwise.core.inspection import Inspection
+    from layerwise.core.telling.inspection import Inspection
 
     opened = lw.open(llama)
     name = next(iter(opened.structure.layers))

@@ -11,8 +11,8 @@ from scipy import stats
 from torch.nn import functional
 
 import layerwise as lw
-from layerwise.core.runner import Runner
-from layerwise.core.text import windows
+from layerwise.core.reading.text import windows
+from layerwise.core.running.runner import Runner
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import layerwise as lw
 from layerwise.core.errors import UserError
-from layerwise.core.runner import Runner
-from layerwise.core.slopes import WeightSlopes
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.slopes import WeightSlopes
 from layerwise.measure.ecoflap_draws import ecoflap_draws
 
 ASSETS = "LAYERWISE_ASSETS"

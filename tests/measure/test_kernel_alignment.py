@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise.core.carried import Shelf
-from layerwise.core.runner import Runner
-from layerwise.core.tangents import DIRECTIONS, tangents
+from layerwise.core.running.carried import Shelf
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.tangents import DIRECTIONS, tangents
 from layerwise.measure.kernel_alignment import kernel_alignment
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.core.fisher import loss_gradient
+from layerwise.core.running.fisher import loss_gradient
 from layerwise.flow.pairing import DISTURBANCE
 from layerwise.flow.preparing import Texts, prepare
 from layerwise.measure.sustainability import sustainability

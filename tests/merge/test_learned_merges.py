@@ -9,8 +9,8 @@ from torch import nn
 
 import layerwise as lw
 from layerwise.cli import main
-from layerwise.core.checkpoint import module_source, open_checkpoint
-from layerwise.core.symmetry import symmetries
+from layerwise.core.reading.checkpoint import module_source, open_checkpoint
+from layerwise.core.reading.symmetry import symmetries
 from layerwise.merge._matching import permuted
 
 

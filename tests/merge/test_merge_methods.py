@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from layerwise.core.symmetry import Symmetry
+from layerwise.core.reading.symmetry import Symmetry
 from layerwise.merge.dare import dare
 from layerwise.merge.fisher import fisher
 from layerwise.merge.linear import linear

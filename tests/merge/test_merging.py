@@ -8,13 +8,13 @@ import torch
 from relatives import relatives, weights_of, with_weights
 
 import layerwise as lw
-from layerwise.core import exact, mix
-from layerwise.core.blend import lay_out
-from layerwise.core.checkpoint import open_source
-from layerwise.core.merged import Merge
-from layerwise.core.noise import uniform
-from layerwise.core.parents import parents
-from layerwise.core.staging import Staging
+from layerwise.core.keeping.staging import Staging
+from layerwise.core.merging import exact, mix
+from layerwise.core.merging.blend import lay_out
+from layerwise.core.merging.noise import uniform
+from layerwise.core.reading.checkpoint import open_source
+from layerwise.core.reading.parents import parents
+from layerwise.core.telling.merged import Merge
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_dtype_is_stored_and_said(llama, tmp_path):
 def test_a_stopped_merge_goes_on_to_the_same_bytes(tuned, tmp_path, monkeypatch):
     how = {"method": "ties", "base": str(tuned[0])}
     merged(tuned[1:], tmp_path / "whole", **how)
-    monkeypatch.setattr("layerwise.core.stream._STEP_BYTES", 1 << 14)
+    monkeypatch.setattr("layerwise.core.running.stream._STEP_BYTES", 1 << 14)
     finish, calls = Staging.finish_step, []
 
     def dies(self, *given, **named):

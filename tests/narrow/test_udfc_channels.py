@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import layerwise as lw
-from layerwise.core.checkpoint import module_source
 from layerwise.core.errors import UserError
-from layerwise.core.narrowing import joints
-from layerwise.core.structure import structure
+from layerwise.core.reading.checkpoint import module_source
+from layerwise.core.reading.structure import structure
+from layerwise.core.rewriting.narrowing import joints
 from layerwise.narrow.udfc import udfc
 
 

@@ -12,10 +12,10 @@ from trained import layers
 import layerwise as lw
 from layerwise.core.activation import Activation
 from layerwise.core.errors import UserError
-from layerwise.core.joint import _answered, _share
 from layerwise.core.learning import AnswerError, learn
-from layerwise.core.rotation import closest_pair, rotation
-from layerwise.core.structure import Layer
+from layerwise.core.reading.structure import Layer
+from layerwise.core.rewriting.rotation import closest_pair, rotation
+from layerwise.core.running.joint import _answered, _share
 from layerwise.quantize.flatquant import FlatQuant, FlatQuantized, _kronecker, flatquant
 from layerwise.quantize.rtn import rtn
 

@@ -13,11 +13,11 @@ import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.core.economy import Economy
 from layerwise.core.errors import UserError
-from layerwise.core.fisher import WeightGradients
 from layerwise.core.plan import LayerPlan
+from layerwise.core.reading.text import windows
 from layerwise.core.results import Quantized
-from layerwise.core.runner import Runner
-from layerwise.core.text import windows
+from layerwise.core.running.fisher import WeightGradients
+from layerwise.core.running.runner import Runner
 from layerwise.quantize.gwq import gwq
 from layerwise.quantize.rtn import rtn
 

@@ -4,7 +4,7 @@ import math
 import random
 from dataclasses import replace
 
-from layerwise.core.outcome import (
+from layerwise.core.telling.outcome import (
     Candidate,
     Comparison,
     LayerRow,

@@ -16,7 +16,7 @@ from report import made_up
 
 import layerwise as lw
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import LayerRow, Report, Sweep
+from layerwise.core.telling.outcome import LayerRow, Report, Sweep
 from layerwise.report import html, pareto_svg
 from layerwise.report._colours import DARK, LIGHT, SERIES, STEPS, contrast
 from layerwise.report._svg import axis

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 import layerwise as lw
 from layerwise.core.catalogue import get
-from layerwise.core.skipping import skip_blocks
-from layerwise.core.text import windows
+from layerwise.core.reading.text import windows
+from layerwise.core.running.skipping import skip_blocks
 from layerwise.flow.sparsifying import contributions
 
 ASSETS = "LAYERWISE_ASSETS"

@@ -14,10 +14,10 @@ from layerwise.cli.parser import LOCAL, WISHES, named_methods, option_flags
 from layerwise.cli.screen import Bars, answer, console
 from layerwise.core import catalogue
 from layerwise.core.errors import UserError
-from layerwise.core.inspection import Inspection
-from layerwise.core.merged import Merge
-from layerwise.core.outcome import Report, Sweep
 from layerwise.core.plan import to_yaml
+from layerwise.core.telling.inspection import Inspection
+from layerwise.core.telling.merged import Merge
+from layerwise.core.telling.outcome import Report, Sweep
 from layerwise.core.written import bytes_of, check_types, read_yaml
 from layerwise.flow import reporting
 from layerwise.flow.wish import Wish

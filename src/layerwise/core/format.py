@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.activation import Scheme
-from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import Codes
-from layerwise.core.checkpoint import STEM, Source, TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.keeping.staging import Arrangement, arrange
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.products import Answer
-from layerwise.core.staging import Arrangement, arrange
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.checkpoint import STEM, Source, TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
+from layerwise.core.running.products import Answer
 
 
 @runtime_checkable

@@ -12,15 +12,15 @@ import yaml
 from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, kind, needing, static
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import calibrated_words
+from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.results import Layout
-from layerwise.core.rewriting import Rewriting, Rotate, Widths
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.rewriting.rewriting import Rewriting, Rotate, Widths
+from layerwise.core.running.evidence import calibrated_words
 from layerwise.core.written import check_types, described, fits, read_yaml
 
 # What calibration shows methods.
 Inputs = Literal["transformed", "original"]
-# What is tuned once layers are transformed: see core/tuning.py.
+# What is tuned once layers are transformed: see core/running/tuning.py.
 Tune = Literal["norms", "bias"]
 
 

@@ -7,10 +7,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.families import IMAGE_CLASSIFIERS
-from layerwise.core.outcome import ImageScores
+from layerwise.core.reading.checkpoint import Checkpoint
+from layerwise.core.reading.families import IMAGE_CLASSIFIERS
+from layerwise.core.telling.outcome import ImageScores
 from layerwise.evaluate.pictures import Pictures, Preparer
 
 _BATCH = 64

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.reading.checkpoint import Checkpoint
 
 Images = str | Path | Sequence[Any]
 Array = np.ndarray[Any, np.dtype[Any]]

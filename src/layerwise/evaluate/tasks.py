@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.core.cache import Cache, default_folder
-from layerwise.core.checkpoint import Checkpoint
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.families import CAUSAL_MODELS
-from layerwise.core.outcome import TaskScore
+from layerwise.core.keeping.cache import Cache, default_folder
+from layerwise.core.reading.checkpoint import Checkpoint
+from layerwise.core.reading.families import CAUSAL_MODELS
+from layerwise.core.telling.outcome import TaskScore
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Files beside the weights that cannot move an answer.

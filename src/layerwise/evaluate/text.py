@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Comparison
-from layerwise.core.text import Windows
+from layerwise.core.reading.text import Windows
+from layerwise.core.telling.outcome import Comparison
 
 
 def compare(

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.reading.checkpoint import Source
 from layerwise.export._adapter import CONFIG as ADAPTER_CONFIG
 from layerwise.export.bitstack import BitStack
 from layerwise.export.compressed_tensors import CompressedTensors

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import TensorInfo
+from layerwise.core.keeping.staging import Arrangement, arrange
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.staging import Arrangement, arrange
-from layerwise.core.structure import Layer
+from layerwise.core.reading.checkpoint import TensorInfo
+from layerwise.core.reading.structure import Layer
+from layerwise.core.running.apply import Transformed
 
 FOLDER = "adapter"
 CONFIG = f"{FOLDER}/adapter_config.json"

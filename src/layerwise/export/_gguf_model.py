@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.families import family
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.families import family
 
 PURPOSE = "writing or reading GGUF files"
 ROPE_FACTORS = "rope_freqs.weight"

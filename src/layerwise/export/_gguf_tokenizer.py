@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
+from layerwise.core.reading.checkpoint import Source
 
 _SPACE = "\u2581"  # a space, in vocabularies that come of SentencePiece
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise.core import catalogue
-from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format, Trial
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.products import located
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.checkpoint import Checkpoint, TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
+from layerwise.core.running.products import located
 
 NAME = "bitstack"
 METHOD = "bitstack"

@@ -26,17 +26,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerwise.core.activation import SCHEMES, Activation, Scheme, kind, static
-from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import Codes
-from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
+from layerwise.core.keeping.staging import Arrangement
 from layerwise.core.packing import pack, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.products import Answer
+from layerwise.core.reading.checkpoint import TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.results import FLOAT8_DTYPE, SCALE_DTYPE
-from layerwise.core.staging import Arrangement
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
+from layerwise.core.running.products import Answer
 from layerwise.export._adapter import (
     adapter_files,
     adapter_problem,

@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import ALL_CODES
-from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.checkpoint import TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
 
 
 class Dense(Format):

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import GGUF, Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
+from layerwise.core.keeping.staging import Arrangement, Slot
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.staging import Arrangement, Slot
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.checkpoint import GGUF, Checkpoint, TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
 from layerwise.export._gguf_blocks import KINDS, Kind, blocks
 from layerwise.export._gguf_model import (
     PURPOSE,

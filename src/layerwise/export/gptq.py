@@ -33,16 +33,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.core.apply import Transformed
-from layerwise.core.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.format import Format
+from layerwise.core.keeping.staging import Arrangement
 from layerwise.core.packing import WORD, pack, words
 from layerwise.core.plan import LayerPlan, Plan
+from layerwise.core.reading.checkpoint import Checkpoint, TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.results import Quantized, spread
-from layerwise.core.staging import Arrangement
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
 from layerwise.export._adapter import (
     adapter_files,
     adapter_problem,

@@ -18,16 +18,16 @@ from torch.nn import functional
 
 from layerwise.core import catalogue
 from layerwise.core.activation import SCHEMES, Activation
-from layerwise.core.apply import Transformed
 from layerwise.core.catalogue import ALL_CODES
-from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.packing import BYTE, pack, pack_bits, unpack, unpack_bits, words
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.products import Answer
+from layerwise.core.reading.checkpoint import TensorInfo
+from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.results import Coded, Quantized, spread
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.running.apply import Transformed
+from layerwise.core.running.products import Answer
 from layerwise.export._adapter import corrected, factors
 
 NAME = "layerwise"

@@ -12,7 +12,7 @@ from typing import Literal
 from layerwise.core.catalogue import Codes
 from layerwise.core.errors import UserError
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.structure import Layer, Structure
 
 # Codes, their bits, and the groups they may have.
 Weights = tuple[Codes, int, Sequence[int]]

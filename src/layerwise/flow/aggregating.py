@@ -9,7 +9,7 @@ from torch import Tensor
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Method
 from layerwise.core.results import Aggregated
-from layerwise.core.rounds import Global, Reply, unsound
+from layerwise.core.telling.rounds import Global, Reply, unsound
 
 # The loss of a whole model on examples that the server holds.
 Proxy = Callable[[Mapping[str, Tensor]], Tensor]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from layerwise.core.carried import Activations, Shelf
 from layerwise.core.progress import Progress
-from layerwise.core.runner import Runner
+from layerwise.core.running.carried import Activations, Shelf
+from layerwise.core.running.runner import Runner
 
 # What variants that begin in a block answer there, by their names, from what the original sees.
 Begun = Callable[[str, Activations], Mapping[str, Iterable[Tensor]]]

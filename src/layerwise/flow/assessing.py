@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.core.checkpoint import Checkpoint, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.labelled import Labels
-from layerwise.core.outcome import Comparison, Detection, Evaluation, ImageScores, TaskScore
-from layerwise.core.text import Text, Windows, windows
-from layerwise.core.walk import FLOOR_DTYPE
+from layerwise.core.reading.checkpoint import Checkpoint, open_checkpoint
+from layerwise.core.reading.labelled import Labels
+from layerwise.core.reading.text import Text, Windows, windows
+from layerwise.core.running.walk import FLOOR_DTYPE
+from layerwise.core.telling.outcome import Comparison, Detection, Evaluation, ImageScores, TaskScore
 from layerwise.evaluate.images import check_classifier, compare_images
 from layerwise.evaluate.pictures import (
     Images,

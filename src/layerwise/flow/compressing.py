@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from layerwise import export
 from layerwise.core import memory
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates
-from layerwise.core.carried import filled, shelf
-from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint, open_source
 from layerwise.core.economy import Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.format import Format
-from layerwise.core.outcome import Comparison, LayerRow, Proof, Report
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates
+from layerwise.core.keeping.staging import Staging, check_target, stage
 from layerwise.core.plan import Plan, read_plan, read_rewriting, to_yaml
 from layerwise.core.progress import Progress
-from layerwise.core.rewriting import Rewritten, notes_of, original
-from layerwise.core.runner import Runner
-from layerwise.core.staging import Staging, check_target, stage
-from layerwise.core.stream import stream
-from layerwise.core.structure import structure
-from layerwise.core.text import Windows
-from layerwise.core.tuning import told
-from layerwise.core.walk import Walked, restored_outside, walk
+from layerwise.core.reading.checkpoint import ModuleSource, Source, open_checkpoint, open_source
+from layerwise.core.reading.structure import structure
+from layerwise.core.reading.text import Windows
+from layerwise.core.rewriting.rewriting import Rewritten, notes_of, original
+from layerwise.core.running.carried import filled, shelf
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.stream import stream
+from layerwise.core.running.tuning import told
+from layerwise.core.running.walk import Walked, restored_outside, walk
+from layerwise.core.telling.outcome import Comparison, LayerRow, Proof, Report
 from layerwise.evaluate.text import compare
 from layerwise.flow.identity import candidates_of, run_identity
 from layerwise.flow.loading import (

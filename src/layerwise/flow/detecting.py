@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from layerwise.core.checkpoint import Source
 from layerwise.core.errors import UserError
-from layerwise.core.families import CAUSAL_MODELS
-from layerwise.core.labelled import Labels, labelled_texts
-from layerwise.core.outcome import Detection, TextScore
-from layerwise.core.text import documents, encoder
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.families import CAUSAL_MODELS
+from layerwise.core.reading.labelled import Labels, labelled_texts
+from layerwise.core.reading.text import documents, encoder
+from layerwise.core.telling.outcome import Detection, TextScore
 from layerwise.evaluate.lastde import auroc, fewest, scores
 from layerwise.flow.loading import answers
 

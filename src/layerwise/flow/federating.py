@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from layerwise import __version__
 from layerwise.core.catalogue import Method
-from layerwise.core.checkpoint import TensorInfo
 from layerwise.core.errors import UserError
+from layerwise.core.keeping.staging import Staging, arrange, check_target, stage
 from layerwise.core.packing import raw_bytes
 from layerwise.core.progress import Progress
-from layerwise.core.rounds import LAST, Federation, Global, Reply, RoundRow
-from layerwise.core.staging import Staging, arrange, check_target, stage
+from layerwise.core.reading.checkpoint import TensorInfo
+from layerwise.core.telling.rounds import LAST, Federation, Global, Reply, RoundRow
 from layerwise.flow.aggregating import Proxy, join
 from layerwise.flow.locally import Local, judged, pooled, proxy_loss, restated, seed_of, train
 from layerwise.flow.studies import Study, held_back, network, settled, shared_out

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize  # type: ignore[import-untyped]
 
-from layerwise.core.blend import Blend, Setting
 from layerwise.core.errors import UserError
-from layerwise.core.merged import Fit
-from layerwise.core.mix import Mixer
+from layerwise.core.merging.blend import Blend, Setting
+from layerwise.core.merging.mix import Mixer
 from layerwise.core.progress import Progress
-from layerwise.core.structure import block_of
+from layerwise.core.reading.structure import block_of
+from layerwise.core.telling.merged import Fit
 from layerwise.flow.judging import Judge
 
 Weights = npt.NDArray[np.float64]

@@ -23,8 +23,8 @@ from layerwise.core import catalogue
 from layerwise.core.catalogue import Method
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.rounds import Global, Reply, RoundRow
-from layerwise.core.staging import check_target
+from layerwise.core.keeping.staging import check_target
+from layerwise.core.telling.rounds import Global, Reply, RoundRow
 from layerwise.flow.federating import Clients, Federated, check_options, joined, row_of
 from layerwise.flow.locally import Local
 from layerwise.flow.studies import study_of

@@ -1,4 +1,4 @@
-"""What looking for a plan will take, foreseen as `core/forecast.py` foresees carrying one out."""
+"""What looking for a plan will take, foreseen as `core/telling` foresees carrying one out."""
 
 import functools
 import tempfile
@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 
 from layerwise.core import catalogue, memory
-from layerwise.core.ablation import ABLATED_WINDOWS, EFFECTS, LEFT_OUT
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates, Options
 from layerwise.core.economy import LAVISH, Economy
-from layerwise.core.evidence import (
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates, Options
+from layerwise.core.plan import LayerPlan, sampling, words_of
+from layerwise.core.reading.structure import Layer, by_input
+from layerwise.core.running.ablation import ABLATED_WINDOWS, EFFECTS, LEFT_OUT
+from layerwise.core.running.evidence import (
     GRAD,
     GradientCollector,
     WeightGradientCollector,
     calibrated_words,
 )
-from layerwise.core.fisher import GRADIENT_WINDOWS
-from layerwise.core.forecast import (
+from layerwise.core.running.fisher import GRADIENT_WINDOWS
+from layerwise.core.running.hessian import Change, divergence, shares
+from layerwise.core.telling.forecast import (
     FORESEEING,
     Outlook,
     Passes,
@@ -31,10 +34,7 @@ from layerwise.core.forecast import (
     sides_of,
     smaller,
 )
-from layerwise.core.hessian import Change, divergence, shares
-from layerwise.core.plan import LayerPlan, sampling, words_of
-from layerwise.core.sample import Sample, sampled, scaled
-from layerwise.core.structure import Layer, by_input
+from layerwise.core.telling.sample import Sample, sampled, scaled
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.survey import Trial
 

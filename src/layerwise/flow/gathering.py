@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from layerwise.core.checkpoint import ModuleSource, Source, open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.products import located
 from layerwise.core.progress import Progress
-from layerwise.core.runner import Runner
-from layerwise.core.structure import structure
-from layerwise.core.text import Text, Windows, windows
-from layerwise.core.walk import gather
+from layerwise.core.reading.checkpoint import ModuleSource, Source, open_checkpoint
+from layerwise.core.reading.structure import structure
+from layerwise.core.reading.text import Text, Windows, windows
+from layerwise.core.running.products import located
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.walk import gather
 from layerwise.flow.assessing import load_or_say
 
 # Classes up to which an expectation over a model's own answers is taken over all of them.

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from layerwise import __version__
-from layerwise.core.blend import Blend
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates
-from layerwise.core.checkpoint import Checkpoint, ModuleSource
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates
+from layerwise.core.merging.blend import Blend
 from layerwise.core.packing import raw_bytes
-from layerwise.core.parents import Parents
 from layerwise.core.plan import Plan
-from layerwise.core.rewriting import original, told_of
+from layerwise.core.reading.checkpoint import Checkpoint, ModuleSource
+from layerwise.core.reading.parents import Parents
+from layerwise.core.rewriting.rewriting import original, told_of
 from layerwise.flow.preparing import Prepared
 
 _CHUNK = 1 << 24

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layerwise.core import catalogue
-from layerwise.core.cache import Cache
-from layerwise.core.carried import shelf
-from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH
 from layerwise.core.errors import UserError
-from layerwise.core.inspection import Inspection, Truth
+from layerwise.core.keeping.cache import Cache
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
-from layerwise.core.structure import Structure
-from layerwise.core.text import Windows
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.structure import Structure
+from layerwise.core.reading.text import Windows
+from layerwise.core.running.carried import shelf
+from layerwise.core.telling.inspection import Inspection, Truth
 from layerwise.flow.agreeing import agreement
 from layerwise.flow.identity import candidates_of
 from layerwise.flow.market import check_level, label

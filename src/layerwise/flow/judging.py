@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerwise.core.checkpoint import Checkpoint, ModuleSource, Source
 from layerwise.core.errors import UserError
-from layerwise.core.products import located
-from layerwise.core.text import Text, Windows, windows
+from layerwise.core.reading.checkpoint import Checkpoint, ModuleSource, Source
+from layerwise.core.reading.text import Text, Windows, windows
+from layerwise.core.running.products import located
 from layerwise.flow.assessing import load_or_say
 from layerwise.flow.loading import answers
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise import export
-from layerwise.core.checkpoint import Checkpoint, Source
 from layerwise.core.economy import MICRO_BATCH_TOKENS, windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.families import CAUSAL_MODELS
 from layerwise.core.format import Format
-from layerwise.core.products import Answering, located
+from layerwise.core.reading.checkpoint import Checkpoint, Source
+from layerwise.core.reading.families import CAUSAL_MODELS
+from layerwise.core.running.products import Answering, located
 
 
 def load(

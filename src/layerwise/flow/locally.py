@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from layerwise.core.errors import UserError
-from layerwise.core.rounds import Reply
+from layerwise.core.telling.rounds import Reply
 from layerwise.flow.studies import settled
 
 LEARNINGS = ("supervised", "contrastive")

@@ -12,7 +12,7 @@ from layerwise.core import catalogue
 from layerwise.core.errors import UserError
 from layerwise.core.format import Format
 from layerwise.core.plan import LayerPlan, Plan
-from layerwise.core.structure import Layer, Structure
+from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.written import UNITS
 from layerwise.export import servers
 from layerwise.flow.preparing import Prepared, check

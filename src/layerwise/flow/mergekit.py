@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.core.assembled import Assembled, Piece
-from layerwise.core.blend import Blend, Setting, at
-from layerwise.core.checkpoint import Source, open_source
 from layerwise.core.errors import UserError
-from layerwise.core.families import HEADS
-from layerwise.core.structure import block_of, embeds
+from layerwise.core.merging.blend import Blend, Setting, at
+from layerwise.core.reading.assembled import Assembled, Piece
+from layerwise.core.reading.checkpoint import Source, open_source
+from layerwise.core.reading.families import HEADS
+from layerwise.core.reading.structure import block_of, embeds
 from layerwise.core.written import fits, read_yaml
 from layerwise.flow.merging import FLOATS, Wanted
 

@@ -17,9 +17,15 @@ import yaml
 from torch import nn
 
 from layerwise.core import catalogue, memory
-from layerwise.core.assembled import Assembled
-from layerwise.core.blend import Blend, Rule, lay_out, to_yaml
-from layerwise.core.checkpoint import (
+from layerwise.core.environment import environment
+from layerwise.core.errors import UserError
+from layerwise.core.keeping.staging import arrange, check_target, stage
+from layerwise.core.merging.blend import Blend, Rule, lay_out, to_yaml
+from layerwise.core.merging.mix import Given, Mixer, mix
+from layerwise.core.packing import raw_bytes
+from layerwise.core.progress import Progress
+from layerwise.core.reading.assembled import Assembled
+from layerwise.core.reading.checkpoint import (
     DTYPES,
     Checkpoint,
     ModuleSource,
@@ -27,16 +33,10 @@ from layerwise.core.checkpoint import (
     TensorInfo,
     open_source,
 )
-from layerwise.core.environment import environment
-from layerwise.core.errors import UserError
-from layerwise.core.merged import Barrier, Fit, Merge, Score
-from layerwise.core.mix import Given, Mixer, mix
-from layerwise.core.packing import raw_bytes
-from layerwise.core.parents import Missing, Parents, companions_of, parents
-from layerwise.core.progress import Progress
-from layerwise.core.staging import arrange, check_target, stage
-from layerwise.core.symmetry import symmetries
-from layerwise.core.text import Text
+from layerwise.core.reading.parents import Missing, Parents, companions_of, parents
+from layerwise.core.reading.symmetry import symmetries
+from layerwise.core.reading.text import Text
+from layerwise.core.telling.merged import Barrier, Fit, Merge, Score
 from layerwise.flow.fitting import fit
 from layerwise.flow.gathering import fishers_of, grams_of, shown, texts_of
 from layerwise.flow.identity import merge_identity

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.apply import check_finite
-from layerwise.core.carried import Activations, Shelf
 from layerwise.core.catalogue import PAIRED
-from layerwise.core.checkpoint import Source
-from layerwise.core.curvature import Curvature
 from layerwise.core.errors import UserError
-from layerwise.core.fisher import answered, foretells, loss_gradient
 from layerwise.core.progress import Progress
-from layerwise.core.runner import Runner
-from layerwise.core.structure import Layer, Structure
-from layerwise.core.tangents import tangents
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.running.apply import check_finite
+from layerwise.core.running.carried import Activations, Shelf
+from layerwise.core.running.curvature import Curvature
+from layerwise.core.running.fisher import answered, foretells, loss_gradient
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.tangents import tangents
 from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.candidates import Candidates
-from layerwise.core.carried import Shelf, shelf
-from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import Foresight, Outlook
-from layerwise.core.outcome import Candidate
+from layerwise.core.keeping.candidates import Candidates
 from layerwise.core.plan import LayerPlan, Plan, check_options
 from layerwise.core.progress import Progress
-from layerwise.core.structure import Layer
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.structure import Layer
+from layerwise.core.running.carried import Shelf, shelf
+from layerwise.core.telling.forecast import Foresight, Outlook
+from layerwise.core.telling.outcome import Candidate
 from layerwise.flow import market as markets
 from layerwise.flow import sensitivity
 from layerwise.flow.foreseeing import Looking

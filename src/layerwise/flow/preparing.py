@@ -11,21 +11,21 @@ from torch import Tensor
 
 from layerwise import builtin, export
 from layerwise.core import catalogue, memory
-from layerwise.core.ablation import ANSWERED
 from layerwise.core.catalogue import EVIDENCE
-from layerwise.core.checkpoint import ModuleSource, Source, TensorInfo
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.families import LANGUAGE_MODELS
 from layerwise.core.format import Format
-from layerwise.core.labelled import Labelled, Labels, labelled
+from layerwise.core.keeping.staging import Arrangement, partial_folder
 from layerwise.core.plan import Plan, check_plan
-from layerwise.core.rewriting import original
-from layerwise.core.runner import Runner
-from layerwise.core.staging import Arrangement, partial_folder
-from layerwise.core.structure import Structure
-from layerwise.core.text import Text, Windows, windows
-from layerwise.core.tuning import check_tuning
+from layerwise.core.reading.checkpoint import ModuleSource, Source, TensorInfo
+from layerwise.core.reading.families import LANGUAGE_MODELS
+from layerwise.core.reading.labelled import Labelled, Labels, labelled
+from layerwise.core.reading.structure import Structure
+from layerwise.core.reading.text import Text, Windows, windows
+from layerwise.core.rewriting.rewriting import original
+from layerwise.core.running.ablation import ANSWERED
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.tuning import check_tuning
 from layerwise.export.servers import check_server
 from layerwise.flow.loading import need_packages
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from layerwise import export
 from layerwise.core import catalogue
-from layerwise.core.apply import Transformed, transform
-from layerwise.core.candidates import Candidates, Options
-from layerwise.core.carried import Activations, Shelf
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Comparison
+from layerwise.core.keeping.candidates import Candidates, Options
 from layerwise.core.plan import LayerPlan
-from layerwise.core.products import Answer
 from layerwise.core.progress import Progress
-from layerwise.core.runner import Runner
-from layerwise.core.text import Windows
+from layerwise.core.reading.text import Windows
+from layerwise.core.running.apply import Transformed, transform
+from layerwise.core.running.carried import Activations, Shelf
+from layerwise.core.running.products import Answer
+from layerwise.core.running.runner import Runner
+from layerwise.core.telling.outcome import Comparison
 from layerwise.evaluate.text import compare
 from layerwise.flow.apart import Apart
 from layerwise.flow.preparing import Prepared

@@ -9,13 +9,13 @@ import torch
 
 from layerwise import export
 from layerwise.core import memory
-from layerwise.core.candidates import Candidates
 from layerwise.core.economy import LAVISH, Economy, memory_limit, shown
 from layerwise.core.errors import UserError
-from layerwise.core.forecast import LOAD_BACK, Forecast, Foresight, Outlook, Passes
+from layerwise.core.keeping.candidates import Candidates
 from layerwise.core.plan import Plan
-from layerwise.core.sample import sampled
-from layerwise.core.text import Windows
+from layerwise.core.reading.text import Windows
+from layerwise.core.telling.forecast import LOAD_BACK, Forecast, Foresight, Outlook, Passes
+from layerwise.core.telling.sample import sampled
 from layerwise.evaluate.text import compare
 from layerwise.flow.foreseeing import Looking, SearchForesight
 from layerwise.flow.preparing import PROOF_WINDOWS, Prepared

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from layerwise.core.candidates import Candidates
-from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Comparison, LayerRow, Prediction
+from layerwise.core.keeping.candidates import Candidates
 from layerwise.core.progress import Progress
+from layerwise.core.running.carried import Shelf
+from layerwise.core.telling.outcome import Comparison, LayerRow, Prediction
 from layerwise.flow.agreeing import rank_correlation
 from layerwise.flow.planning import Planned
 from layerwise.flow.preparing import Prepared

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.core.errors import UserError
-from layerwise.core.outcome import Report, Sweep
+from layerwise.core.telling.outcome import Report, Sweep
 from layerwise.report.html import html
 
 REPORT, SWEEP = "report.json", "sweep.json"

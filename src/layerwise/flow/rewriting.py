@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.checkpoint import ModuleSource, Source
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import calibrated_words
-from layerwise.core.narrowing import (
+from layerwise.core.plan import check_options
+from layerwise.core.progress import Progress, Silent
+from layerwise.core.reading.checkpoint import ModuleSource, Source
+from layerwise.core.reading.structure import Structure, structure
+from layerwise.core.reading.text import windows
+from layerwise.core.results import Narrowed
+from layerwise.core.rewriting.narrowing import (
     Joint,
     blocks_dropped,
     joints,
@@ -20,14 +24,10 @@ from layerwise.core.narrowing import (
     shared_widths,
     spendable,
 )
-from layerwise.core.plan import check_options
-from layerwise.core.progress import Progress, Silent
-from layerwise.core.results import Narrowed
-from layerwise.core.rewriting import Rewriting, original, pair_peaks, rewrite, stream_of
-from layerwise.core.runner import Runner
-from layerwise.core.structure import Structure, structure
-from layerwise.core.text import windows
-from layerwise.core.walk import gather
+from layerwise.core.rewriting.rewriting import Rewriting, original, pair_peaks, rewrite, stream_of
+from layerwise.core.running.evidence import calibrated_words
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.walk import gather
 from layerwise.flow.preparing import Texts, calibration_text, device_of, prepare
 from layerwise.flow.survey import survey
 

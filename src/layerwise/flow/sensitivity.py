@@ -11,8 +11,8 @@ to choose from, from cheap to dear:
             middle of its own, and scaled to the others by their error
     hessian the KL of the model's answer to second order, with what layers do to each other: a
             layer's level costs its share of what all layers cost together at that level, the
-            last that a layer has where it has fewer; see core/hessian.py.  The whole model is in
-            memory for it, and the rounding of inputs is not seen
+            last that a layer has where it has fewer; see core/running/hessian.py.  The whole model
+            is in memory for it, and the rounding of inputs is not seen
 
 `fisher`, `kl` and `hessian` predict the KL of the whole model by adding up over layers.
 """
@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from layerwise.core.apply import lost_share
-from layerwise.core.candidates import Candidates, Options
-from layerwise.core.carried import Shelf
 from layerwise.core.errors import UserError
-from layerwise.core.fisher import output_fisher
-from layerwise.core.hessian import Change, divergence_shares
+from layerwise.core.keeping.candidates import Candidates, Options
 from layerwise.core.plan import LayerPlan
 from layerwise.core.progress import Progress
+from layerwise.core.running.apply import lost_share
+from layerwise.core.running.carried import Shelf
+from layerwise.core.running.fisher import output_fisher
+from layerwise.core.running.hessian import Change, divergence_shares
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.probing import Probe
 from layerwise.flow.survey import Survey

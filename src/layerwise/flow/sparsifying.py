@@ -15,8 +15,8 @@ from layerwise.core.catalogue import Method
 from layerwise.core.economy import windows_at_once
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.outcome import Savings
-from layerwise.core.skipping import (
+from layerwise.core.reading.text import Text
+from layerwise.core.running.skipping import (
     Frozen,
     Group,
     Sparse,
@@ -26,8 +26,8 @@ from layerwise.core.skipping import (
     skip_inputs,
     skip_tokens,
 )
-from layerwise.core.tally import Tally
-from layerwise.core.text import Text
+from layerwise.core.running.tally import Tally
+from layerwise.core.telling.outcome import Savings
 from layerwise.flow.loading import answers
 
 CALIBRATION_WINDOWS = 32
@@ -162,7 +162,7 @@ def sparsified(model: Any, wanted: Skipping, calibration: Tensor | None) -> Spar
         return skip_tokens(model, method, density, wanted.options, after=after)
     if what == "keys":
         need("transformers", "a cache of keys")
-        from layerwise.core.thinned import thin_keys
+        from layerwise.core.running.thinned import thin_keys
 
         recent = 32 if wanted.recent is None else wanted.recent
         return thin_keys(model, method, density, wanted.options, recent=recent)

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.apply import Made, Transformed, transform
-from layerwise.core.candidates import Candidates, Losses, Options
-from layerwise.core.carried import Activations, Shelf, shelf
 from layerwise.core.catalogue import PAIRED
-from layerwise.core.checkpoint import Source
 from layerwise.core.economy import LAVISH, Economy
 from layerwise.core.errors import UserError
-from layerwise.core.evidence import GRAD, SLOPES, calibrated_words, of_layer
-from layerwise.core.fisher import WeightGradients
-from layerwise.core.joint import learned_together
+from layerwise.core.keeping.candidates import Candidates, Losses, Options
 from layerwise.core.plan import LayerPlan, check_options, words_of
 from layerwise.core.progress import Progress
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.structure import Layer, Structure, by_input
 from layerwise.core.results import Coded, record
-from layerwise.core.runner import Runner
-from layerwise.core.slopes import WeightSlopes
-from layerwise.core.structure import Layer, Structure, by_input
-from layerwise.core.walk import Seen, alone
+from layerwise.core.running.apply import Made, Transformed, transform
+from layerwise.core.running.carried import Activations, Shelf, shelf
+from layerwise.core.running.evidence import GRAD, SLOPES, calibrated_words, of_layer
+from layerwise.core.running.fisher import WeightGradients
+from layerwise.core.running.joint import learned_together
+from layerwise.core.running.runner import Runner
+from layerwise.core.running.slopes import WeightSlopes
+from layerwise.core.running.walk import Seen, alone
 from layerwise.flow.pairing import BEFOREHAND, Told, evidence_for
 from layerwise.flow.preparing import Prepared
 from layerwise.flow.views import View, Views, weight_of

@@ -23,21 +23,21 @@ import yaml
 
 from layerwise import export
 from layerwise.core import catalogue
-from layerwise.core.cache import Cache
-from layerwise.core.candidates import Candidates
-from layerwise.core.carried import shelf
-from layerwise.core.checkpoint import open_source
 from layerwise.core.economy import LAVISH, Economy, memory_limit
 from layerwise.core.environment import environment
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.forecast import Outlook
-from layerwise.core.outcome import Comparison, Sweep, SweepPoint
+from layerwise.core.keeping.cache import Cache
+from layerwise.core.keeping.candidates import Candidates
+from layerwise.core.keeping.staging import check_target, partial_folder
 from layerwise.core.plan import LayerPlan, Plan, to_yaml
 from layerwise.core.progress import Progress, Silent
-from layerwise.core.rewriting import Rewriting, notes_of
-from layerwise.core.staging import check_target, partial_folder
-from layerwise.core.structure import structure
+from layerwise.core.reading.checkpoint import open_source
+from layerwise.core.reading.structure import structure
+from layerwise.core.rewriting.rewriting import Rewriting, notes_of
+from layerwise.core.running.carried import shelf
+from layerwise.core.telling.forecast import Outlook
+from layerwise.core.telling.outcome import Comparison, Sweep, SweepPoint
 from layerwise.core.written import rebuilt
 from layerwise.flow import market as markets
 from layerwise.flow import sensitivity

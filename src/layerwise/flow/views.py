@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from layerwise.core import catalogue
-from layerwise.core.ablation import (
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.labelled import Labelled
+from layerwise.core.reading.structure import Layer
+from layerwise.core.running.ablation import (
     ABLATED_WINDOWS,
     ANSWERED,
     EFFECTS,
@@ -18,13 +21,10 @@ from layerwise.core.ablation import (
     ablated,
     answered,
 )
-from layerwise.core.apply import check_finite
-from layerwise.core.carried import Activations, Shelf
-from layerwise.core.checkpoint import Source
-from layerwise.core.evidence import UpdateCollector
-from layerwise.core.labelled import Labelled
-from layerwise.core.runner import Runner
-from layerwise.core.structure import Layer
+from layerwise.core.running.apply import check_finite
+from layerwise.core.running.carried import Activations, Shelf
+from layerwise.core.running.evidence import UpdateCollector
+from layerwise.core.running.runner import Runner
 from layerwise.flow.preparing import Prepared
 
 

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from layerwise.core.checkpoint import open_checkpoint
 from layerwise.core.errors import UserError
-from layerwise.core.families import POSITIONS, configured
-from layerwise.core.outcome import ByteVote
 from layerwise.core.progress import Progress
-from layerwise.core.text import documents
-from layerwise.core.vocabulary import vocabulary_of
+from layerwise.core.reading.checkpoint import open_checkpoint
+from layerwise.core.reading.families import POSITIONS, configured
+from layerwise.core.reading.text import documents
+from layerwise.core.reading.vocabulary import vocabulary_of
+from layerwise.core.telling.outcome import ByteVote
 from layerwise.ensemble.byte_level import Answer, ByteLevel, Vote, continued
 from layerwise.flow.loading import answers, load
 

@@ -12,8 +12,8 @@ from layerwise.core import catalogue
 from layerwise.core.activation import Scheme, needing
 from layerwise.core.errors import UserError
 from layerwise.core.plan import Inputs, LayerPlan, Tune, recovering, removers, tuning
-from layerwise.core.rewriting import Rewriting, Rotate, Widths
-from layerwise.core.structure import Structure
+from layerwise.core.reading.structure import Structure
+from layerwise.core.rewriting.rewriting import Rewriting, Rotate, Widths
 from layerwise.core.written import UNITS, described, fits
 from layerwise.export import servers
 from layerwise.export.layerwise import NAME

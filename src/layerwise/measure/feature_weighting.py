@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from layerwise.core.catalogue import Paper
-from layerwise.core.labelled import check_labels
+from layerwise.core.reading.labelled import check_labels
 from layerwise.core.verbs import measure
 from layerwise.measure._tokens import column, slope
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.core.catalogue import Paper
 from layerwise.core.errors import UserError
-from layerwise.core.labelled import check_labels
+from layerwise.core.reading.labelled import check_labels
 from layerwise.core.verbs import measure
 from layerwise.measure._probe import probe
 from layerwise.measure._tokens import centre, column

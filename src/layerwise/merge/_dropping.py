@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from layerwise.core.noise import uniform
+from layerwise.core.merging.noise import uniform
 from layerwise.merge._differences import densities
 
 

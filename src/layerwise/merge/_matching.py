@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
-from layerwise.core.symmetry import Symmetry
+from layerwise.core.reading.symmetry import Symmetry
 
 State = Mapping[str, Tensor]
 _SWEEPS = 100

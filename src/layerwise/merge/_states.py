@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from layerwise.core.structure import block_of
+from layerwise.core.reading.structure import block_of
 
 
 class Made(Mapping[str, Tensor]):

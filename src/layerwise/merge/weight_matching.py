@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from layerwise.core.catalogue import Paper
-from layerwise.core.symmetry import Symmetry
+from layerwise.core.reading.symmetry import Symmetry
 from layerwise.core.verbs import merger
 from layerwise.merge._matching import matched, permuted
 from layerwise.merge._states import Made

@@ -12,7 +12,7 @@ from layerwise.core.activation import Activation
 from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.learning import Learned, Schedule, learned_alone, rounded
 from layerwise.core.results import SCALE_DTYPE, Coded, Layout, Quantized, integer_product
-from layerwise.core.rotation import closest_pair, random_orthogonal
+from layerwise.core.rewriting.rotation import closest_pair, random_orthogonal
 from layerwise.core.statistics import check_statistics
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import by_group, check_grid, pack, span, storable

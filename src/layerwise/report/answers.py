@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from layerwise.core.inspection import TRUTH, Inspection
+from layerwise.core.telling.inspection import TRUTH, Inspection
 from layerwise.report._words import number, percent, plural
 
 _NAMED = 3  # layers, or measures, that a sentence names

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.core.outcome import (
+from layerwise.core.telling.outcome import (
     Comparison,
     Detection,
     Evaluation,

@@ -14,7 +14,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from layerwise.core.outcome import Comparison, LayerRow, Report, Sweep, SweepPoint
+from layerwise.core.telling.outcome import Comparison, LayerRow, Report, Sweep, SweepPoint
 from layerwise.report import layer_plots, plots
 from layerwise.report._colours import STEPS, style, variables
 from layerwise.report._page import Bar, Block, Card, Cell, Column, Page, Table

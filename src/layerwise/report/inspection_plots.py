@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from layerwise.core.inspection import TRUTH, Inspection
+from layerwise.core.telling.inspection import TRUTH, Inspection
 from layerwise.report._colours import STEPS
 from layerwise.report._svg import drawing, label, tag, wide
 from layerwise.report._words import Number, number, plural

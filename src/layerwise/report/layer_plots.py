@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from layerwise.core.outcome import Candidate, LayerRow
+from layerwise.core.telling.outcome import Candidate, LayerRow
 from layerwise.report._colours import SERIES, STEPS
 from layerwise.report._svg import (
     Axis,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from layerwise.core.outcome import Sweep, SweepPoint
+from layerwise.core.telling.outcome import Sweep, SweepPoint
 from layerwise.report._colours import SERIES, style
 from layerwise.report._svg import (
     Axis,

@@ -9,14 +9,14 @@ from rich.text import Text
 
 from layerwise import export
 from layerwise.core.catalogue import Method
-from layerwise.core.checkpoint import Source
-from layerwise.core.forecast import Forecast
-from layerwise.core.inspection import Inspection
-from layerwise.core.merged import Merge
-from layerwise.core.outcome import ByteVote, Report, Sweep
 from layerwise.core.plan import Plan
-from layerwise.core.rounds import Federation
-from layerwise.core.structure import Structure
+from layerwise.core.reading.checkpoint import Source
+from layerwise.core.reading.structure import Structure
+from layerwise.core.telling.forecast import Forecast
+from layerwise.core.telling.inspection import Inspection
+from layerwise.core.telling.merged import Merge
+from layerwise.core.telling.outcome import ByteVote, Report, Sweep
+from layerwise.core.telling.rounds import Federation
 from layerwise.report.answers import answers
 from layerwise.report.figures import figure, share, windows_line
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from layerwise.core.catalogue import Method
-from layerwise.core.symmetry import Symmetry
+from layerwise.core.reading.symmetry import Symmetry
 
 _STEPS = 12
 MODELS = 3

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import layerwise as lw
-from layerwise.core.checkpoint import WEIGHTS
-from layerwise.core.fold import fold
-from layerwise.core.structure import Layer
+from layerwise.core.reading.checkpoint import WEIGHTS
+from layerwise.core.reading.structure import Layer
+from layerwise.core.rewriting.fold import fold
 
 CHANNELS = 3
 

@@ -1,0 +1,1 @@
+"""Several models, tensor by tensor, as one."""

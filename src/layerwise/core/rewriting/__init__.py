@@ -1,0 +1,1 @@
+"""A model as another that is the same function, or a smaller one."""

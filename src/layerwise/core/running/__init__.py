@@ -1,0 +1,1 @@
+"""A model at work: block by block, watched, transformed, with work left out."""
