@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 MINUTES ?= 15
 export LAYERWISE_ASSETS ?= $(wildcard ../shared/assets)
 
-.PHONY: demo test check claims docs bench interop gptq env clean
+.PHONY: demo test trained check claims docs bench interop gptq env clean
 
 env: $(VENV)/.ready
 
@@ -26,7 +26,11 @@ demo: env
 	  --format compressed-tensors
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not trained"
+
+# Those on the trained models of the assets, where they are.
+trained: env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m trained
 
 check: env
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Tiny random checkpoints for tests that need files."""
 
 import json
+import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, runtime_checkable
@@ -22,6 +23,14 @@ def pytest_configure() -> None:
     from layerwise.core.progress import Progress
 
     runtime_checkable(Progress)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("LAYERWISE_ASSETS"):
+        missing = pytest.mark.skip(reason="LAYERWISE_ASSETS is not set")
+        for item in items:
+            if item.get_closest_marker("trained"):
+                item.add_marker(missing)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -286,7 +286,7 @@ def test_from_the_command_line(llama, text, capsys):
     assert main([*line, "--samples", "0"]) == 2
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.xfail(reason="0.545 bits per byte together; 0.518 the better alone, 0.609 the other")
 def test_models_with_other_tokenizers_vote():
     """Claim of the card: together below the better one by half a per cent, on a story."""
@@ -300,7 +300,7 @@ def test_models_with_other_tokenizers_vote():
     assert seen.continuation == "me,"
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_one_encoding_costs_more_than_all_of_them():
     """And a prompt inside a word goes on right, where the usual way does not."""
     from layerwise.flow.loading import load

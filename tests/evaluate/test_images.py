@@ -316,7 +316,7 @@ def test_a_module_in_training_mode():
 ASSETS = Path(os.environ.get("LAYERWISE_ASSETS", ""))
 
 
-@pytest.mark.skipif(not ASSETS.name, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_a_trained_classifier(monkeypatch, tmp_path):
     """ResNet-20 on the first 500 pictures, as the code beside its weights prepares them."""
     place = ASSETS / "models" / "cifar10-resnet"

@@ -335,7 +335,7 @@ def test_a_later_version_and_a_lost_order_are_refused(llama, tmp_path):
         lw.load(out)
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_half_a_level_of_a_trained_model_helps_more_in_order_than_backwards(tmp_path):
     text = f"{ASSETS}/text/wikitext2"
     wish = {"bits": 3, "method": "bitstack", "format": "bitstack", "length": 64}

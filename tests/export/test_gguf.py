@@ -452,7 +452,7 @@ def test_the_built_in_model_s_tokenizer(tmp_path):
     assert found["tokenizer.ggml.add_bos_token"] is False
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.parametrize(("name", "bytes"), [("stories260k", True), ("stories-char-940k", False)])
 def test_tokenizers_that_come_of_sentencepiece(name, bytes, tmp_path):
     found = tokenizer_of(Path(ASSETS) / "models" / name, tmp_path / "out")
@@ -542,7 +542,7 @@ def test_refuses_tokenizers_it_cannot_read(llama, tmp_path):
         tokenizer_of(model, tmp_path / "out")
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_evaluate_reads_text_with_the_result(tmp_path):
     model = Path(ASSETS) / "models" / "stories-char-940k"
     report = lw.compress(model, tmp_path / "out", bits=8, format="gguf", text_samples=4, length=64)

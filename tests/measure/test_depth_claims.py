@@ -15,7 +15,7 @@ from layerwise.core.reading.text import windows
 from layerwise.core.running.runner import Runner
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
-pytestmark = pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+pytestmark = pytest.mark.trained
 STORIES = ("text/tinystories/train_stories.json", "text/tinystories/heldout_stories.json")
 TEXTS = {
     "reference-6m": ("text/wikitext2/valid.txt", "text/wikitext2/test.txt"),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import layerwise as lw
 
 ASSETS = os.environ.get("LAYERWISE_ASSETS", "")
-pytestmark = pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+pytestmark = pytest.mark.trained
 MEASURES = ("mdl_probing", "concept_depth", "feature_weighting")
 
 

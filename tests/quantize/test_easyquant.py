@@ -165,7 +165,7 @@ def test_a_model_is_written_and_read_back(llama, tmp_path):
     assert {row.stored_bits < 5 for row in report.layers} == {True}
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_both_parts_lower_the_error_of_a_trained_model():
     source = lw.open(f"{ASSETS}/models/bytes-wikitext")
     totals = torch.zeros(4)

@@ -188,7 +188,7 @@ def relative_error(weight, group):
     return float((made.dequantize() - weight).square().sum() / weight.square().sum())
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.parametrize(
     "seed",
     [

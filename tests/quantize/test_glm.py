@@ -114,7 +114,7 @@ def _loss(path, bits, tmp_path, round_matrix):
     return seen.perplexity, seen.perplexity_before
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_a_scale_for_each_row_halves_what_one_for_all_loses(tmp_path):
     path = f"{ASSETS}/models/bytes-wikitext"
 
@@ -127,7 +127,7 @@ def test_a_scale_for_each_row_halves_what_one_for_all_loses(tmp_path):
     assert rows - before <= 0.5 * (one - before)
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_eight_bits_move_the_perplexity_by_less_than_a_thousandth(tmp_path):
     path = f"{ASSETS}/models/bytes-wikitext"
     after, before = _loss(path, 8, tmp_path, lambda matrix: glm(matrix, bits=8).dequantize())

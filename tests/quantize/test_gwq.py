@@ -249,7 +249,7 @@ def test_what_gradients_hold_is_foreseen(llama, tmp_path, monkeypatch):
     assert thrifty.disk_bytes - plainly.disk_bytes >= windows * window
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_gradients_choose_better_than_chance_on_a_trained_model():
     """So they do at 2 bits; at 3 the model has 2.7181 nats, and 2.7173 with one mask by chance."""
     path = f"{ASSETS}/models/bytes-wikitext"

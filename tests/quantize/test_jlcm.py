@@ -193,7 +193,7 @@ def test_a_model_is_learned_block_by_block_written_and_read_back(llama, tmp_path
     assert kl[1] < kl[0]
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.parametrize("bits", [2, 3])
 def test_books_of_rows_lose_less_of_trained_weights_than_one_of_the_layer(bits):
     """Claim A of the method's card: a ratio of at most 0.97, without data."""
@@ -228,14 +228,14 @@ def unseen_errors(*kinds):
     return errors
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_learning_on_trained_layers_holds_on_text_that_it_did_not_see():
     """Claim B of the method's card, its second half."""
     plain, learned = unseen_errors((JointlyLearned, 0), (JointlyLearned, 200))
     assert learned < 0.6 * plain
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.xfail(reason="under Adam 0.98: it divides slopes by their size", strict=False)
 def test_slopes_that_fall_with_distance_beat_those_that_grow():
     """Claim B of the method's card, its first half: a ratio of at most 0.95."""

@@ -191,7 +191,7 @@ def test_a_block_is_learned_together(llama, tmp_path):
     assert all("exponent" in row.notes[0] for row in learned.layers)
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_layers_of_a_trained_model_answer_better_to_a_text_that_was_not_learned_from():
     folder = f"{ASSETS}/models/bytes-wikitext"
     model = AutoModelForCausalLM.from_pretrained(folder)

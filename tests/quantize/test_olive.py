@@ -175,7 +175,7 @@ def clipped(weight):
     return best
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.parametrize(("times", "at_most"), [(1, 1.1), (8, 0.5)])
 def test_pairs_halve_the_error_of_heavy_tails_and_cost_others_nothing(times, at_most):
     found = lw.open(f"{ASSETS}/models/bytes-wikitext")

@@ -159,7 +159,7 @@ def test_a_model_is_written_and_read_back(llama, tmp_path):
     assert all("exponent" in row.notes[0] for row in report.layers)
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_trained_model_loses_a_tenth_less_than_with_even_steps(bits):
     found = lw.open(f"{ASSETS}/models/bytes-wikitext")

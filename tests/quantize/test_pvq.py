@@ -212,7 +212,7 @@ def test_a_model_is_written_and_read_back(llama, tmp_path):
     assert report.proof is not None
 
 
-@pytest.mark.skipif(not ASSETS, reason="LAYERWISE_ASSETS is not set")
+@pytest.mark.trained
 def test_a_trained_model_loses_six_tenths_of_what_it_does_by_rounding():
     found = lw.open(f"{ASSETS}/models/bytes-wikitext")
     ours = theirs = 0.0
