@@ -96,6 +96,7 @@ def _scaled(source: Source) -> Source:
     return rewritten(source, KEYS, Texts(calibration, samples=128, length=64))
 
 
+@pytest.mark.trained
 def test_claim_scaled_keys_lose_a_tenth_of_what_keys_with_outliers_lose(trained, excess):
     """FireQ, 2025 (2505.20839): a pair of W_k times 12 and of each query head's divided by 12."""
     injected = _with_outliers(trained, 12.0)
@@ -104,11 +105,13 @@ def test_claim_scaled_keys_lose_a_tenth_of_what_keys_with_outliers_lose(trained,
     assert with_scaling <= 0.1 * without
 
 
+@pytest.mark.trained
 def test_keys_without_outliers_lose_no_more_scaled(trained, excess):
     plain, scaled = excess(trained), excess(_scaled(trained))
     assert scaled <= 1.1 * plain
 
 
+@pytest.mark.trained
 def test_nothing_is_lost_where_nothing_is_rounded(trained):
     ids = torch.tensor([*(Path(ASSETS) / "text/wikitext2/test.txt").read_bytes()[:1024]])
     ids = ids.reshape(-1, 64)

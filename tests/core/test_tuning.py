@@ -57,6 +57,7 @@ def test_tuning_brings_a_net_of_few_bits_back(tmp_path):
         assert made.divergence(net) <= 0.6 * made.divergence(plain), tune
 
 
+@pytest.mark.trained
 def test_norms_bring_a_trained_resnet_back(tmp_path):
     made = resnet.pictures()
     plain, tuned = (

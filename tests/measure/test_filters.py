@@ -116,6 +116,7 @@ def test_orthogonality_at_its_ends():
     assert filter_orthogonality(1e-30 * turned) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.trained
 def test_training_leaves_filters_further_from_noise():
     """ResNet-20 of the assets against noise of the same shapes: a drop of 0.02 in the mean."""
     noise = torch.Generator().manual_seed(0)

@@ -85,6 +85,7 @@ def without_sums(net, cut):
     return made
 
 
+@pytest.mark.trained
 def test_resnet_has_few_channels_too_many(tmp_path):
     """At 85% of its weights it falls from 80.4% to 43.7%, and without sums to 42.6%.
 
@@ -142,6 +143,7 @@ def test_a_net_with_channels_to_spare_hardly_changes(tmp_path):
     assert lost < 0.1 * without
 
 
+@pytest.mark.trained
 def test_what_goes_by_inputs_refuses_convolutions(tmp_path):
     made = resnet.pictures()
     with pytest.raises(UserError, match="is a convolution"):

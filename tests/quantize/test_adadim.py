@@ -133,6 +133,7 @@ def test_the_loaded_model_is_the_one_in_memory(along, llama, tmp_path):
     assert report.proof.largest_difference <= report.proof.allowed
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("outliers", [1.0, 30.0])
 def test_on_a_trained_model_it_beats_either_way_for_all_layers(outliers):
     totals = dict.fromkeys(("best", "inputs", "outputs"), 0.0)

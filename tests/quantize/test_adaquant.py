@@ -86,6 +86,7 @@ def test_nonsense_is_refused(wrong):
         adaquant(WEIGHT, GRAM, bits=4, **wrong)
 
 
+@pytest.mark.trained
 def test_trained_layers_lose_less_than_by_rounding():
     """The card's bound, 0.6 times the loss of rounding on the same ranges, layer by layer."""
     grid = {"bits": 2, "group": 32, "symmetric": True}
@@ -106,6 +107,7 @@ def test_a_small_convolutional_net_at_two_bits(tmp_path):
     assert made.accuracy(learned) >= made.accuracy(nearest) + 0.05
 
 
+@pytest.mark.trained
 def test_a_trained_resnet_at_three_bits(tmp_path):
     made = resnet.pictures()
     nearest, learned = (

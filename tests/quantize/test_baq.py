@@ -160,6 +160,7 @@ def test_the_loaded_model_is_the_one_in_memory(real, llama, tmp_path):
     assert report.proof.largest_difference <= report.proof.allowed
 
 
+@pytest.mark.trained
 def test_on_a_trained_model_columns_lose_less_in_sum():
     """The card's claim at 3 bits per row: at most 0.8 of the loss of 8 points everywhere."""
     ratios = []

@@ -278,23 +278,27 @@ def svd_at_the_bits_of(blocks):
     return make
 
 
+@pytest.mark.trained
 def test_a_trained_model_gets_better_with_every_block(ways):
     losses = [ways(f"stacked {blocks}", stacked(blocks)) for blocks in range(1, 6)]
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("blocks", [2, 3, 4])
 def test_signs_beat_factors_of_the_same_bytes(ways, blocks):
     ours = ways(f"stacked {blocks}", stacked(blocks))
     assert ours < ways(f"svd {blocks}", svd_at_the_bits_of(blocks))
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_scale_helps_a_trained_model(ways, blocks):
     ours = ways(f"stacked {blocks}", stacked(blocks))
     assert ours < ways(f"plain {blocks}", plainly(blocks))
 
 
+@pytest.mark.trained
 def test_two_blocks_beat_rounding_to_two_bits(ways):
     rounded = ways("rtn", lambda weight, _: rtn(weight, bits=2, group=64).dequantize())
     assert ways("stacked 2", stacked(2)) < rounded

@@ -298,6 +298,7 @@ def test_a_learned_block_sees_inputs_that_are_rounded():
     assert learning[0].transform.left.grad.abs().sum() > 0
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize(("outliers", "most"), [(1.0, 0.85), (30.0, 0.1)])
 @pytest.mark.parametrize("role", ["q_proj", "gate_proj", "down_proj"])
 def test_a_trained_layer_alone_loses_less_than_behind_a_fixed_hadamard_matrix(outliers, most, role):

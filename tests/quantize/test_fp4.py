@@ -161,6 +161,7 @@ def weight_loss(made, weights):
     return sum(float((made(w).dequantize() - w).square().sum()) for w in weights)
 
 
+@pytest.mark.trained
 def test_on_a_trained_model_the_constraint_costs_little():
     """The card's claim on weights alone, groups of 64: M2 <= M1, M2 <= 1.15 of no constraint."""
     weights = [one.weight for one in layers()]
@@ -172,12 +173,14 @@ def test_on_a_trained_model_the_constraint_costs_little():
     assert m2 <= 1.15 * free
 
 
+@pytest.mark.trained
 def test_on_a_trained_model_fp4_weights_are_nearer_than_symmetric_int4():
     weights = [one.weight for one in layers()]
     ours = weight_loss(lambda w: fp4(w, alone(w.shape[1]), group=128, constraint="none"), weights)
     assert ours <= weight_loss(lambda w: rtn(w, bits=4, group=128, symmetric=True), weights)
 
 
+@pytest.mark.trained
 def test_with_outliers_fp8_inputs_lose_a_fifth_of_what_int8_loses():
     lost = dict.fromkeys(("fp8", "int8"), 0.0)
     for one in layers(outliers=30.0):

@@ -111,6 +111,7 @@ def test_layers_that_nothing_feeds_are_rounded_by_it_too(llama, tmp_path):
     assert again.text.kl == pytest.approx(report.comparison.kl, rel=1e-3)
 
 
+@pytest.mark.trained
 def test_with_outliers_most_of_what_static_rounding_loses_is_won_back():
     """The card's claim on answers: at most 0.15 of what one scale for all tokens adds."""
     added = {"fptq": 0.0, "static": 0.0}

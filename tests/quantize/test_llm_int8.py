@@ -155,6 +155,7 @@ def test_inputs_that_are_to_be_rounded_otherwise_are_refused(llama, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize(("factor", "share"), [(30.0, 0.2), (200.0, 0.01)])
 def test_with_outliers_answers_are_far_closer(factor, share):
     """The card's claim, on answers: 0.2 of vector-wise int8 at 30, 0.01 at 200."""

@@ -95,6 +95,7 @@ def test_refuses_attention_that_is_no_number():
         rsq(weight, inputs, attention, bits=4)
 
 
+@pytest.mark.trained
 def test_on_a_trained_model_the_tokens_that_matter_are_answered_better():
     """The card's claim: at most 0.97 of GPTQ's weighted error, at 3 bits per row."""
     ours, theirs = 0.0, 0.0

@@ -60,6 +60,7 @@ def test_awkward_channels():
         assert udfc(WEIGHT[:1].to(dtype), bits=4, group=16).scale.shape == (1, 3)
 
 
+@pytest.mark.trained
 def test_trained_layers_err_less_than_rounded_ones():
     for one in trained.layers()[:7]:
         grid = {"bits": 3, "group": one.weight.shape[1], "symmetric": True}

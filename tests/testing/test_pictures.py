@@ -19,6 +19,7 @@ def short(monkeypatch):
     pictures.trained.cache_clear()
 
 
+@pytest.mark.trained
 def test_the_bench_drops_tokens_and_gives_the_model_back(short):
     seen = []
     model = pictures.trained()
