@@ -47,7 +47,7 @@ def test_matches_algorithm_1(bits, group):
     torch.testing.assert_close(ours.double(), by_definition(weight, gram, bits, group))
 
 
-@pytest.mark.parametrize("few", [1, 8, 64])
+@pytest.mark.parametrize("few", [1, 8, 16])
 @pytest.mark.parametrize("group", [16, 24, 96])
 def test_how_columns_are_halved_changes_nothing(few, group, monkeypatch):
     weight, gram = problem()

@@ -13,7 +13,7 @@ from layerwise.core.results import Quantized
 from layerwise.quantize._grid import by_group, check_grid, fit_clipped, pack
 
 # Columns whose errors reach each other one by one; those of more go on in matrix products.
-_FEW = 16
+_FEW = 64
 # Products of two numbers of so many bits, so many of them summed, fit the 53 bits of a float64.
 _EXACT_BITS, _EXACT_TERMS = 22, 512
 
