@@ -310,7 +310,7 @@ def _small_files(
     source = prepared.source
     files: dict[str, bytes | Path] = {file.name: file for file in source.companions}
     added = format.config(plan, prepared.found)
-    if source.config and (added or isinstance(source, Rewritten)):
+    if added or (source.config and isinstance(source, Rewritten)):
         config = dict(source.config) | dict(added)
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files |= format.files(plan, prepared.found)
