@@ -212,7 +212,7 @@ _FIELDS: Mapping[str, Any] = {f.name: f.type for f in fields(LayerPlan)}
 
 def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     """The plan as a file: one line per layer, then what is left alone and why."""
-    head: dict[str, str | float | list[Tune]] = {"model": model, "format": plan.format}
+    head: dict[str, str | int | float | list[Tune]] = {"model": model, "format": plan.format}
     if plan.server:
         head["server"] = plan.server
     if plan.budget:
@@ -240,9 +240,9 @@ def to_yaml(plan: Plan, model: str, found: Structure) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rewriting_entries(first: Rewriting) -> dict[str, str | float]:
+def _rewriting_entries(first: Rewriting) -> dict[str, str | int | float]:
     """What a file says of what the model becomes before all else."""
-    made: dict[str, str | float] = {}
+    made: dict[str, str | int | float] = {}
     if first.drop_blocks:
         made |= {"drop_blocks": first.drop_blocks, "drop_by": first.drop_by}
     if first.narrow:
