@@ -43,8 +43,19 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
         *(_federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
-        add(commands, arguments)
+        add(commands)
+    if (command := next(iter(arguments), "")) in _WITH_OPTIONS:
+        _own_flags(commands.choices[command], arguments)
     return parser
+
+
+def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """The flags of methods that the command line names."""
+    for id in named_methods(arguments):
+        if options := option_flags(id):
+            section = parser.add_argument_group(f"options of {id}")
+            for name, option in options.items():
+                section.add_argument(f"--{id.rpartition('/')[2]}-{name}", **_flag(option))
 
 
 def _command(commands: Any, name: str, line: str, *examples: str) -> argparse.ArgumentParser:
@@ -63,7 +74,7 @@ def _examples(*lines: str) -> str:
     return "examples:\n" + textwrap.indent("\n".join(lines), "  ")
 
 
-def _inspect(commands: Any, arguments: Sequence[str]) -> None:
+def _inspect(commands: Any) -> None:
     made = _command(
         commands,
         "inspect",
@@ -105,7 +116,6 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     _method(level)
     _sparsity(level)
     _rank(level)
-    _own_flags(made, arguments)
     _calibration(made)
     probed = made.add_argument_group("labelled texts, for probes")
     probed.add_argument(
@@ -119,7 +129,7 @@ def _inspect(commands: Any, arguments: Sequence[str]) -> None:
     _machine(made)
 
 
-def _plan(commands: Any, arguments: Sequence[str]) -> None:
+def _plan(commands: Any) -> None:
     made = _command(
         commands,
         "plan",
@@ -129,7 +139,7 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     )
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("-o", "--output", required=True, metavar="FILE", help="plan to write")
-    _wish(made, arguments)
+    _wish(made)
     _calibration(made)
     _proof_text(made.add_argument_group("text for --max-kl"))
     _cache(made)
@@ -137,7 +147,7 @@ def _plan(commands: Any, arguments: Sequence[str]) -> None:
     _memory(made)
 
 
-def _compress(commands: Any, arguments: Sequence[str]) -> None:
+def _compress(commands: Any) -> None:
     made = _command(
         commands,
         "compress",
@@ -152,7 +162,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("-o", "--output", required=True, metavar="OUT", help="directory to make")
     made.add_argument("--plan", metavar="FILE", help="carry out this plan")
-    _wish(made, arguments)
+    _wish(made)
     _calibration(made)
     proof = made.add_argument_group("proof")
     _proof_text(proof)
@@ -175,7 +185,7 @@ def _compress(commands: Any, arguments: Sequence[str]) -> None:
     _memory(made)
 
 
-def _sweep(commands: Any, arguments: Sequence[str]) -> None:
+def _sweep(commands: Any) -> None:
     made = _command(
         commands,
         "sweep",
@@ -207,7 +217,7 @@ def _sweep(commands: Any, arguments: Sequence[str]) -> None:
     _memory(made)
 
 
-def _merge(commands: Any, arguments: Sequence[str]) -> None:
+def _merge(commands: Any) -> None:
     made = _command(
         commands,
         "merge",
@@ -248,10 +258,6 @@ def _merge(commands: Any, arguments: Sequence[str]) -> None:
         action="store_true",
         help="match rows of embeddings by token, where models have different tokenizers",
     )
-    for title, flags in _method_flags(arguments):
-        section = made.add_argument_group(title)
-        for flag, how in flags:
-            section.add_argument(flag, **how)
     text = made.add_argument_group("texts")
     text.add_argument(
         "--calibration",
@@ -278,7 +284,7 @@ def _merge(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("--trust-remote-code", action="store_true", help="run the models' own code")
 
 
-def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
+def _evaluate(commands: Any) -> None:
     made = _command(
         commands,
         "evaluate",
@@ -317,7 +323,7 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     )
     images.add_argument("--mean", metavar="NUMBERS", help="of each channel (the model's own)")
     images.add_argument("--std", metavar="NUMBERS", help="of each channel (the model's own)")
-    _sparsify(made, arguments)
+    _sparsify(made)
     detection = made.add_argument_group("did a model write it?")
     detection.add_argument(
         "--detect", metavar="FILE", help="texts to score, as --labels, or a JSON list of strings"
@@ -325,7 +331,7 @@ def _evaluate(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
-def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def _sparsify(made: argparse.ArgumentParser) -> None:
     left = made.add_argument_group("work left out while the model runs; it is its own original")
     left.add_argument("--sparsify", default="", metavar="NAME", help="sparsifier (none)")
     left.add_argument("--density", type=float, default=0.5, help="fraction of work kept (0.5)")
@@ -356,18 +362,9 @@ def _sparsify(made: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     left.add_argument(
         "--calibration", metavar="TEXT", help=f"for shortv, and for --allocate: {TEXT_HELP}"
     )
-    _own_flags(made, arguments)
 
 
-def _own_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """The flags of methods that the command line names."""
-    for title, flags in _method_flags(arguments):
-        section = parser.add_argument_group(title)
-        for flag, options in flags:
-            section.add_argument(flag, **options)
-
-
-def _ensemble(commands: Any, arguments: Sequence[str]) -> None:
+def _ensemble(commands: Any) -> None:
     made = _command(
         commands,
         "ensemble",
@@ -389,7 +386,7 @@ def _ensemble(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
-def _federate(commands: Any, arguments: Sequence[str]) -> None:
+def _federate(commands: Any) -> None:
     made = _command(
         commands,
         "federate",
@@ -425,8 +422,6 @@ def _federate(commands: Any, arguments: Sequence[str]) -> None:
         said = f"{words} ({default})"
         local.add_argument(flag, type=kind, default=default, metavar=kind.__name__, help=said)
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
-    if arguments[:1] == ["federate"]:
-        _own_flags(made, arguments)
 
 
 # What `flow/locally.py` takes; a test keeps the two in step.
@@ -443,7 +438,7 @@ LOCAL: Sequence[tuple[str, Any, str]] = (
 )
 
 
-def _run(commands: Any, arguments: Sequence[str]) -> None:
+def _run(commands: Any) -> None:
     made = _command(
         commands,
         "run",
@@ -455,7 +450,7 @@ def _run(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("-o", "--output", metavar="OUT", help="directory to make instead of its own")
 
 
-def _report(commands: Any, arguments: Sequence[str]) -> None:
+def _report(commands: Any) -> None:
     made = _command(
         commands,
         "report",
@@ -473,7 +468,7 @@ def _report(commands: Any, arguments: Sequence[str]) -> None:
     made.set_defaults(command="render")
 
 
-def _methods(commands: Any, arguments: Sequence[str]) -> None:
+def _methods(commands: Any) -> None:
     made = _command(
         commands,
         "methods",
@@ -485,7 +480,7 @@ def _methods(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("--needs", choices=NEEDS)
 
 
-def _show(commands: Any, arguments: Sequence[str]) -> None:
+def _show(commands: Any) -> None:
     made = _command(
         commands,
         "show",
@@ -495,14 +490,14 @@ def _show(commands: Any, arguments: Sequence[str]) -> None:
     made.add_argument("method", metavar="VERB/NAME")
 
 
-def _check(commands: Any, arguments: Sequence[str]) -> None:
+def _check(commands: Any) -> None:
     made = _command(
         commands, "check", "run the laws of a method's verb on it", "layerwise check quantize/gptq"
     )
     made.add_argument("method", metavar="VERB/NAME")
 
 
-def _claims(commands: Any, arguments: Sequence[str]) -> None:
+def _claims(commands: Any) -> None:
     made = _command(
         commands,
         "claims",
@@ -527,7 +522,7 @@ def _grid(parser: Any) -> None:
     )
 
 
-def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def _wish(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("what to do")
     size = how.add_mutually_exclusive_group()
     size.add_argument("--bits", type=int, help="the same width for every layer")
@@ -559,8 +554,6 @@ def _wish(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         metavar="NAME",
         help="learn pruned layers anew, block by block, on the calibration text: masklora (none)",
     )
-    if verb_of_method(arguments) == "quantize":
-        _own_flags(parser, arguments)
 
 
 def _method(parser: Any) -> None:
@@ -738,6 +731,8 @@ _NAMING = {
     "--sparsify": "sparsify",
     "--measure": "measure",  # several, with commas
 }
+# Commands that take the options of methods which they name.
+_WITH_OPTIONS = frozenset({"inspect", "plan", "compress", "merge", "evaluate", "federate"})
 # Commands that are a verb.
 _VERBS = frozenset({"federate", "merge"})
 # What a plan says for every layer, and so cannot be asked for beside one.
@@ -760,7 +755,7 @@ def named_methods(arguments: Sequence[str]) -> list[str]:
             value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
             names = [name for name in value.split(",") if name not in ("", "all", "none")]
             found += [f"{naming[flag]}/{name}" for name in names]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def verb_of_method(arguments: Sequence[str]) -> str:
@@ -777,19 +772,6 @@ def option_flags(id: str) -> dict[str, inspect.Parameter]:
     # What a plan sets for compression is a merge's own.
     own = method.options if method.verb == "merge" else method.own_options
     return {name.replace("_", "-"): option for name, option in own.items()}
-
-
-def _method_flags(
-    arguments: Sequence[str],
-) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
-    sections: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = []
-    for id in named_methods(arguments):
-        flags: list[tuple[str, dict[str, Any]]] = []
-        for name, option in option_flags(id).items():
-            flags.append((f"--{id.rpartition('/')[2]}-{name}", _flag(option)))
-        if flags:
-            sections.append((f"options of {id}", flags))
-    return sections
 
 
 def _flag(option: inspect.Parameter) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What merges read of each model beside its weights, kept in files that are read in slices."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -49,7 +49,8 @@ def shown(source: Source, text: Text, samples: int, length: int) -> Windows:
     return windows(source, text, samples=samples, length=length)
 
 
-def grams_of(
+def gathered(
+    what: Literal["grams", "fishers"],
     models: Sequence[Source],
     seen: Sequence[Windows],
     folder: Path,
@@ -57,75 +58,63 @@ def grams_of(
     *,
     trust_remote_code: bool = False,
 ) -> list[Source]:
-    """Mean of x x^T of what every layer reads, under the layer's name, for each model.
+    """What a merge asks of each model, in a file of its own.
 
     Args:
+        what: The grams of what every layer reads, or the diagonal of the Fisher information.
         models: The models.
         seen: What each of them is shown.
         folder: Where the files are put.
         progress: Is told of each model.
         trust_remote_code: Let checkpoints bring their own Python.
     """
-    progress.stage("grams", len(models))
+    progress.stage(what, len(models))
+    gather = {"grams": _grams, "fishers": _fishers}[what]
     made: list[Source] = []
     for number, (source, text) in enumerate(zip(models, seen, strict=True)):
-        found = structure(source)
-        runner = Runner(source, found, trust_remote_code=trust_remote_code)
-        hidden = runner.start(text.ids)
-        grams: dict[str, Tensor] = {}
-        for block in runner.blocks:
-            inside = [one for one in found.layers.values() if runner.whole or one.block == block]
-            shared = gather(runner, block, inside, frozenset({"gram"}), hidden)
-            for layer in inside:
-                gram = shared[layer.reads]["gram"]
-                assert isinstance(gram, Tensor)
-                grams[layer.name] = gram.clone()
-            if block != runner.blocks[-1]:
-                hidden = runner.forward(block, hidden, {})
-        made.append(_kept(grams, folder / f"grams-{number}.safetensors"))
+        file = folder / f"{what}-{number}.safetensors"
+        save_file(gather(source, text.ids, trust_remote_code), file)
+        made.append(open_checkpoint(file))
         progress.step(source.label)
     return made
 
 
-def fishers_of(
-    models: Sequence[Source],
-    seen: Sequence[Windows],
-    folder: Path,
-    progress: Progress,
-    *,
-    trust_remote_code: bool = False,
-) -> list[Source]:
-    """Diagonal of each model's Fisher information, of length 1 over the whole model.
+def _grams(source: Source, ids: Tensor, trust_remote_code: bool) -> dict[str, Tensor]:
+    """Mean of x x^T of what every layer reads, under the layer's name."""
+    found = structure(source)
+    runner = Runner(source, found, trust_remote_code=trust_remote_code)
+    hidden = runner.start(ids)
+    grams: dict[str, Tensor] = {}
+    for block in runner.blocks:
+        inside = [one for one in found.layers.values() if runner.whole or one.block == block]
+        shared = gather(runner, block, inside, frozenset({"gram"}), hidden)
+        for layer in inside:
+            gram = shared[layer.reads]["gram"]
+            assert isinstance(gram, Tensor)
+            grams[layer.name] = gram.clone()
+        if block != runner.blocks[-1]:
+            hidden = runner.forward(block, hidden, {})
+    return grams
+
+
+def _fishers(source: Source, ids: Tensor, trust_remote_code: bool) -> dict[str, Tensor]:
+    """Diagonal of a model's Fisher information, of length 1 over the whole model.
 
         F = mean over examples of (d log p(y|x) / d W)^2,   y drawn from p(.|x)
 
     An example is a window, of which a successor is drawn for every token, or one input of a
     classifier, of which every class is weighed by its probability where there are few.
-
-    Args:
-        models: The models.
-        seen: What each of them is shown.
-        folder: Where the files are put.
-        progress: Is told of each model.
-        trust_remote_code: Let checkpoints bring their own Python.
     """
-    progress.stage("fisher", len(models))
-    made: list[Source] = []
-    for number, (source, text) in enumerate(zip(models, seen, strict=True)):
-        if isinstance(source, ModuleSource):
-            model = copy.deepcopy(source.module).eval()
-        else:
-            opened = open_checkpoint(source.label)
-            model = load_or_say(opened, torch.float32, trust_remote_code)
-        known = dict(model.named_parameters())
-        names = {name: located(model, name) for name in source.tensors}
-        squares = _squares(model, text.ids)
-        found = {name: squares[at] for name, at in names.items() if at in known and at in squares}
-        length = sum(float(one.double().square().sum()) for one in found.values()) ** 0.5
-        found = {name: one / (length or 1.0) for name, one in found.items()}
-        made.append(_kept(found, folder / f"fisher-{number}.safetensors"))
-        progress.step(source.label)
-    return made
+    if isinstance(source, ModuleSource):
+        model = copy.deepcopy(source.module).eval()
+    else:
+        model = load_or_say(open_checkpoint(source.label), torch.float32, trust_remote_code)
+    known = dict(model.named_parameters())
+    names = {name: located(model, name) for name in source.tensors}
+    squares = _squares(model, ids)
+    found = {name: squares[at] for name, at in names.items() if at in known and at in squares}
+    length = sum(float(one.double().square().sum()) for one in found.values()) ** 0.5
+    return {name: (one / (length or 1.0)).contiguous() for name, one in found.items()}
 
 
 def _squares(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -155,8 +144,3 @@ def _drawn(scored: Tensor, generator: torch.Generator) -> list[tuple[Tensor, flo
     flat = scored[:-1] if scored.dim() > 1 else scored[None]
     chosen = flat.detach().exp().multinomial(1, generator=generator)
     return [(flat.gather(1, chosen).sum(), 1.0)]
-
-
-def _kept(tensors: Mapping[str, Tensor], file: Path) -> Source:
-    save_file({name: one.contiguous() for name, one in tensors.items()}, file)
-    return open_checkpoint(file)

@@ -38,7 +38,7 @@ from layerwise.core.reading.symmetry import symmetries
 from layerwise.core.reading.text import Text
 from layerwise.core.telling.merged import Barrier, Fit, Merge, Score
 from layerwise.flow.fitting import fit
-from layerwise.flow.gathering import fishers_of, grams_of, shown, texts_of
+from layerwise.flow.gathering import gathered, shown, texts_of
 from layerwise.flow.identity import merge_identity
 from layerwise.flow.judging import Judge, Loss, judge_of
 from layerwise.flow.preparing import check_disk
@@ -236,9 +236,9 @@ def _evidence(
         shown(one, text, wanted.samples, wanted.length)
         for one, text in zip(found.models, texts, strict=True)
     ]
-    gather = grams_of if "grams" in words else fishers_of
-    kept = gather(found.models, seen, folder, progress, trust_remote_code=trust_remote_code)
-    return Given(grams=kept) if "grams" in words else Given(fishers=kept)
+    what = "grams" if "grams" in words else "fishers"
+    how = {"trust_remote_code": trust_remote_code}
+    return Given(**{what: gathered(what, found.models, seen, folder, progress, **how)})
 
 
 def _symmetries(words: set[str], found: Parents) -> Any:

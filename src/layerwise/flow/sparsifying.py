@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from layerwise.core import catalogue
 from layerwise.core.catalogue import Method
@@ -297,9 +296,7 @@ def contributions(
 ) -> Float[Tensor, " blocks"]:
     """How far each block, frozen alone for a group of tokens, moves the answer at the last one.
 
-        LC_l = mean over windows of KL(q_l || p) ,
-
-    q_l with block l frozen and p as the model is, in nats.
+    It is `measure/layer_contribution` of the last place, in nats.
 
     Args:
         model: A causal language model.
@@ -307,6 +304,7 @@ def contributions(
         ids: Windows of a text.
         group: The tokens.
     """
+    contribution = catalogue.get("measure/layer_contribution")
     before = _last(model, ids)
     count = len(blocks_of(model))
     scores = torch.zeros(count)
@@ -315,8 +313,7 @@ def contributions(
         frozen.group = group
         with frozen:
             after = _last(model, ids)
-        divergence = functional.kl_div(before, after, reduction="none", log_target=True)
-        scores[number] = divergence.sum(dim=1, dtype=torch.float64).mean()
+        scores[number] = contribution.run([before[:, None]], [after[:, None]], last=True)
     return scores
 
 
