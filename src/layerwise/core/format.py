@@ -127,11 +127,6 @@ class Format(ABC):
         """What a loader will hold of those rows."""
         return rows
 
-    def rest_size(self, info: TensorInfo) -> int:
-        """Bytes that such a tensor takes."""
-        stored = self.rest(info)
-        return 0 if stored is None else stored.size
-
     def arrange(self, tensors: Iterable[TensorInfo]) -> Arrangement:
         """Files with room for all tensors."""
         return arrange(tensors, stem=self.stem)
