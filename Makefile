@@ -45,7 +45,7 @@ docs: env
 	$(BIN)/python scripts/make_docs.py
 
 bench: env
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/rounding.py
 
 # GPTQModel reads GPTQ files back in the tests; what it asks for of torch is newer than it needs.
 GPTQ := gptqmodel pypcre logbar device-smi tokenicer defuser

@@ -1,6 +1,7 @@
 """Make a random Llama of Llama-3.2-1B's shape, with a vocabulary of 8192: bf16, sharded.
 
 python benchmarks/make_llama_1b.py /tmp/llama-1b
+python benchmarks/make_llama_1b.py /tmp/llama-1b-4 --blocks 4
 """
 
 import argparse
@@ -15,7 +16,6 @@ CONFIG = {
     "model_type": "llama",
     "hidden_size": 2048,
     "intermediate_size": 8192,
-    "num_hidden_layers": 16,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -34,10 +34,12 @@ def main() -> None:
     """Write the shards one after the other, from a fixed seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--blocks", type=int, default=16)
+    chosen = parser.parse_args()
+    out = chosen.out
     out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    shards = CONFIG["num_hidden_layers"] // BLOCKS_PER_SHARD
+    shards = chosen.blocks // BLOCKS_PER_SHARD
     index: dict[str, str] = {}
     for number in range(shards):
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
@@ -51,7 +53,9 @@ def main() -> None:
             tensors |= _block(f"model.layers.{block}", generator)
         save_file(tensors, out / name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, name)
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (out / "config.json").write_text(
+        json.dumps(CONFIG | {"num_hidden_layers": chosen.blocks}, indent=1)
+    )
     (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}, indent=1))
 
 

@@ -5,23 +5,20 @@
     python benchmarks/merging.py --millions 2000 --methods linear    # private memory does not grow
 
 It makes a base and four models of bfloat16 itself (random numbers in the shapes of a Llama), under
---folder.  With --mergekit DIR it makes an environment there with `python -m venv DIR` and `pip
-install mergekit`, unless one is there.  Every run is a process of its own; its private memory
-(anonymous pages) is looked at every 20 ms.  `copy` reads four models and writes one, 4 MiB at a
-time, with one fsync at the end, and does nothing else.  The error of TIES is that of the update of
-one tensor, against float64, over the entries whose sign and trim are no near ties.
+--folder.  With --mergekit DIR it makes an environment there, unless one is there.  `copy` reads
+four models and writes one, 4 MiB at a time, with one fsync at the end, and does nothing else.  The
+error of TIES is that of the update of one tensor, against float64, over the entries whose sign and
+trim are no near ties.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from beside import environment, in_turn, print_ratios
 from safetensors.torch import save_file
 
 COPY = """
@@ -61,8 +58,6 @@ def main() -> None:
     print(
         f"four models and a base of {chosen.millions}M bfloat16 weights; {size / 1e9:.2f} GB read"
     )
-    print(f"{'run':18}{'wall s':>9}{'CPU s':>9}{'private MB':>12}{'GB/s read':>11}")
-    out = chosen.folder / "out"
     runs: dict[str, list[str]] = {
         "copy": [
             sys.executable,
@@ -78,15 +73,13 @@ def main() -> None:
         if chosen.mergekit:
             recipe = chosen.folder / f"{method}.yml"
             recipe.write_text(json.dumps(_recipe(method, base, models)))
-            tool = _environment(chosen.mergekit) / "bin" / "mergekit-yaml"
+            tool = environment(chosen.mergekit, "mergekit") / "mergekit-yaml"
             runs[f"mergekit {method}"] = [str(tool), str(recipe), str(out)]
-    for name, command in runs.items():
-        found = [_run(command, out) for _ in range(chosen.repeats)]
-        wall, cpu, private = (min(one[k] for one in found) for k in range(3))
-        print(
-            f"{name:18}{wall:9.2f}{cpu:9.2f}{private / 1e6:12.0f}{size / wall / 1e9:11.2f}",
-            flush=True,
-        )
+    found = in_turn(runs, chosen.repeats, out)
+    for name in list(runs)[1:]:
+        print_ratios(found, name, "copy")
+        if (peer := name.replace("layerwise", "mergekit")) != name and peer in runs:
+            print_ratios(found, name, peer)
     if "ties" in chosen.methods:
         print(f"update of TIES against float64: {_ties_error(base, models, out):.2e} of its length")
 
@@ -146,39 +139,6 @@ def _recipe(method: str, base: Path, models: list[Path]) -> dict[str, object]:
         "models": [{"model": str(one), "parameters": each} for one in models],
     }
     return recipe | ({"base_model": str(base)} if method == "ties" else {})
-
-
-def _environment(folder: Path) -> Path:
-    if not (folder / "bin" / "mergekit-yaml").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin" / "pip"), "install", "-q", "mergekit"], check=True)
-    return folder
-
-
-def _run(command: list[str], out: Path) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and most private bytes of a process."""
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.unlink(missing_ok=True)
-    begun, private = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while True:
-        pid, status, used = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        private = max(private, _private(process.pid))
-        time.sleep(0.02)
-    if status:
-        raise SystemExit(f"{command[:3]} failed: {(process.stderr or sys.stdin).read()!r}")
-    return time.perf_counter() - begun, used.ru_utime + used.ru_stime, private
-
-
-def _private(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def _ties_error(base: Path, models: list[Path], out: Path) -> float:

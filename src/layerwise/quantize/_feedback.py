@@ -1,11 +1,13 @@
 """Error feedback: round input by input, and let the inputs to come absorb each error."""
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise.core.cholesky import upper_root
 from layerwise.core.errors import UserError
@@ -16,6 +18,10 @@ from layerwise.quantize._grid import by_group, check_grid, fit_clipped, pack
 _FEW = 64
 # Products of two numbers of so many bits, so many of them summed, fit the 53 bits of a float64.
 _EXACT_BITS, _EXACT_TERMS = 22, 512
+# Factors of second moments that are still there, by what was asked.
+_KNOWN: MutableMapping[Tensor, dict[tuple[float, bool, int], "Factored"]] = (
+    WeakTensorKeyDictionary()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,8 @@ class Rounder(Protocol):
 def factorize(gram: Float[Tensor, "in in"], damping: float, act_order: bool = False) -> Factored:
     """The factor of the damped second moments, in the order of rounding.
 
+    It is kept as long as `gram` is, for the next layer that reads the same inputs.
+
     Args:
         gram: Mean of x x^T over calibration tokens.
         damping: Added to the diagonal, as a fraction of its mean over live inputs; ten times more,
@@ -70,6 +78,14 @@ def factorize(gram: Float[Tensor, "in in"], damping: float, act_order: bool = Fa
         UserError: The damping is no positive number, a value is NaN or infinite, or H does not
             factor.
     """
+    asked = (damping, act_order, gram._version)
+    known = _KNOWN.setdefault(gram, {})
+    if asked not in known:
+        known[asked] = _factorize(gram, damping, act_order)
+    return known[asked]
+
+
+def _factorize(gram: Float[Tensor, "in in"], damping: float, act_order: bool) -> Factored:
     order = torch.arange(len(gram))
     if act_order:  # a dead input as if it had the energy of the others
         order = _energies(gram).argsort(descending=True, stable=True)

@@ -23,6 +23,7 @@ from layerwise.core.results import (
     told_group,
 )
 from layerwise.core.statistics import check_statistics
+from layerwise.core.symmetric import squared_lengths
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._feedback import factorize, feed_back, round_evenly
 from layerwise.quantize._grid import by_group, check_grid, encode, fit, nearest
@@ -290,4 +291,4 @@ class _Columns:
 
 def _loss(error: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
     """Mean squared error of the outputs, tr(E G E^T), summed over outputs."""
-    return float((error @ gram.float() * error).sum(dtype=torch.float64))
+    return float(squared_lengths(error, gram).sum(dtype=torch.float64))

@@ -10,6 +10,7 @@ from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
 from layerwise.core.statistics import check_statistics
+from layerwise.core.symmetric import squared_lengths
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._grid import nearest
 
@@ -104,4 +105,4 @@ def _scale(magnitude: Float[Tensor, " in"], alpha: float) -> Float[Tensor, " in"
 
 def _loss(error: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
     """Mean squared error of the outputs, tr(E G E^T), summed over outputs."""
-    return float((error @ gram * error).sum(dtype=torch.float64))
+    return float(squared_lengths(error, gram).sum(dtype=torch.float64))

@@ -9,6 +9,7 @@ from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.results import Quantized
 from layerwise.core.statistics import check_statistics
+from layerwise.core.symmetric import add_squares, mirror
 from layerwise.core.verbs import quantizer
 from layerwise.quantize._feedback import round_evenly
 
@@ -90,7 +91,9 @@ def rsq(
         seen = seen * _importance(attention.float(), r_min, power).sqrt()[:, None]
     else:
         notes = (f"it saw {len(inputs)} of {attention.numel()} tokens; each counts alike",)
-    gram = seen.T @ seen / max(len(seen), 1)
+    gram = torch.zeros(seen.shape[1], seen.shape[1])
+    add_squares(gram, seen)
+    mirror(gram.div_(max(len(seen), 1)))
     rounded = round_evenly(
         weight,
         gram,

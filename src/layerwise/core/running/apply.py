@@ -15,6 +15,7 @@ from layerwise.core.plan import LayerPlan
 from layerwise.core.reading.structure import Layer
 from layerwise.core.results import Coded, LowRank, Pruned, Quantized
 from layerwise.core.running.evidence import GRAD, of_layer
+from layerwise.core.symmetric import squared_lengths
 
 # What methods returned for some layers, by the layers' names followed by the steps so far.
 Made = dict[tuple[Any, ...], list[Any]]
@@ -276,4 +277,4 @@ def _energy(
     """Mean square of what each row answers, m G m^T; G is the identity if not given."""
     if gram is None:
         return torch.linalg.vector_norm(matrix, dim=1).square()
-    return (matrix @ gram.to(matrix.dtype)).mul_(matrix).sum(dim=1).clamp_(min=0)
+    return squared_lengths(matrix, gram)

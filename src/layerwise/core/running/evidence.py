@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.core.catalogue import EVIDENCE, GATHERED, Method
 from layerwise.core.errors import UserError
 from layerwise.core.reading.structure import Layer
+from layerwise.core.symmetric import add_squares, mirror
 
 # Evidence of a layer itself and not of what it reads: it is given by the layer's name.
 GRAD, SLOPES = "grad", "slopes"
@@ -56,7 +57,8 @@ class Collector:
         inputs = inputs.float()
         self.tokens += len(inputs)
         if self._gram is not None:
-            self._gram = self._gram.to(inputs.device).addmm_(inputs.T, inputs)
+            self._gram = self._gram.to(inputs.device)
+            add_squares(self._gram, inputs)
         if "norm" in self.words:
             self._energy += inputs.double().square().sum(dim=0).cpu()
         if self._moments is not None:
@@ -85,6 +87,7 @@ class Collector:
         if self._gram is not None:
             # Methods compute where the weights are read to: only blocks run on another device.
             made["gram"] = self._gram.cpu().div_(count)
+            mirror(made["gram"])
         if "norm" in self.words:
             made["norm"] = (self._energy / count).sqrt().float()
         if self._moments is not None:
