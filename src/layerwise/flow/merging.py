@@ -237,8 +237,8 @@ def _evidence(
         for one, text in zip(found.models, texts, strict=True)
     ]
     what = "grams" if "grams" in words else "fishers"
-    how = {"trust_remote_code": trust_remote_code}
-    return Given(**{what: gathered(what, found.models, seen, folder, progress, **how)})
+    kept = gathered(what, found.models, seen, folder, progress, trust_remote_code=trust_remote_code)
+    return Given(grams=kept) if what == "grams" else Given(fishers=kept)
 
 
 def _symmetries(words: set[str], found: Parents) -> Any:
