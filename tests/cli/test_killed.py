@@ -22,6 +22,7 @@ PASSING = {
     "work_seconds",
     "cpu_seconds",
     "peak_bytes",
+    "disk_bytes",
     "environment",
     "recipe",
     "out",
