@@ -1,5 +1,7 @@
 """Grids of evenly spaced points, one per group of consecutive inputs of an output row."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +12,8 @@ from layerwise.core.learning import rounded
 from layerwise.core.results import SCALE_DTYPE, Quantized
 
 MOST_BITS = 16
+# Entries that are rounded in one go where several ranges are tried: they stay in the cache.
+_AT_ONCE = 1 << 18
 
 
 def check_grid(weight: Float[Tensor, "out in"], bits: int, group: int) -> None:
@@ -87,19 +91,23 @@ def fit_clipped(
     The ranges tried are 100%, 99%, 98% ... of the whole, `clips` of them; a narrower range
     has finer steps but clips its ends.  The loss is sum of importance (decode(encode(w)) - w)^2.
     """
-    scale, zero = fit(grouped, bits, symmetric)
     if clips == 1:
-        return scale, zero
-    low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
-    least = _loss(grouped, scale, zero, importance, bits)
-    for clip in range(1, clips):
-        kept = 1 - clip / 100
-        narrow, shifted = span(kept * low, kept * high, bits, symmetric)
-        loss = _loss(grouped, narrow, shifted, importance, bits)
-        better = loss < least
-        least = loss.where(better, least)
-        scale, zero = narrow.where(better, scale), shifted.where(better, zero)
-    return scale, zero
+        return fit(grouped, bits, symmetric)
+    kept = torch.tensor([1 - clip / 100 for clip in range(clips)]).view(
+        -1, *[1] * grouped[..., 0].dim()
+    )
+    scales, zeros = span(
+        kept * grouped.amin(dim=-1), kept * grouped.amax(dim=-1), bits, symmetric
+    )  # (clips, *grids)
+    losses = torch.empty_like(scales)
+    step = max(1, _AT_ONCE // max(1, grouped.numel()))
+    for first in range(0, clips, step):
+        part = slice(first, first + step)
+        wide = grouped.expand(len(scales[part]), *grouped.shape)
+        losses[part] = _loss(wide, scales[part], zeros[part], importance, bits)
+    # The first of equals; a loss that overflows is none to choose.
+    chosen = losses.nan_to_num(nan=math.inf).argmin(dim=0, keepdim=True)
+    return scales.gather(0, chosen)[0], zeros.gather(0, chosen)[0]
 
 
 def encode(
