@@ -27,7 +27,6 @@ from layerwise.flow.promising import search_foresight
 from layerwise.flow.sensitivity import _change
 from layerwise.flow.wish import Wish
 
-ASSETS = "LAYERWISE_ASSETS"
 TEXT = torch.arange(12 * 32).remainder(251).reshape(12, 32)
 TEXTS = {"calibration": TEXT[:8], "samples": 8, "length": 32, "text": TEXT[8:], "text_samples": 4}
 LOWERED = {"allow": {"bits": [2, None]}, "group": 16, "format": "layerwise"}
@@ -214,9 +213,7 @@ def lowered_share(order, counts, keeps):
 @functools.cache
 def lowered_shares():
     """What orders lower of 21 linears in 2 bits, the loss on other text up by 0.05 nats at most."""
-    if not os.environ.get(ASSETS):
-        pytest.skip(f"{ASSETS} is not set")
-    assets = Path(os.environ[ASSETS])
+    assets = Path(os.environ["LAYERWISE_ASSETS"])
     opened = lw.open(assets / "models/bytes-wikitext")
     text = "text/wikitext2"
     texts = Texts(str(assets / text / "valid.txt"), 24, 64, str(assets / text / "test.txt"), 128)
@@ -256,6 +253,7 @@ def lowered_shares():
     }
 
 
+@pytest.mark.trained
 def test_the_order_of_what_a_weight_loses_beats_weights_errors_and_chance():
     figures = lowered_shares()
     assert figures["shares for each weight"] >= figures["weights' errors"] + 0.1
@@ -263,6 +261,7 @@ def test_the_order_of_what_a_weight_loses_beats_weights_errors_and_chance():
     assert figures["shares for each weight"] >= figures["diagonal for each weight"] - 0.05
 
 
+@pytest.mark.trained
 @pytest.mark.xfail(
     reason="does not hold: 0.39 of the weights, and 0.46 by the diagonal alone", strict=False
 )

@@ -94,6 +94,7 @@ def test_a_layer_without_a_tail_has_the_steepest(weight, start):
     assert alpha(weight, start=start) == -100
 
 
+@pytest.mark.trained
 def test_what_was_trained_has_a_heavier_tail_than_noise():
     """Two blocks of a model of the assets, and their own weights in another order."""
     if ASSETS not in os.environ:

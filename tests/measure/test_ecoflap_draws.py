@@ -104,6 +104,7 @@ def scores(model):
     return found.scores["ecoflap"], found.scores["ecoflap_draws"]
 
 
+@pytest.mark.trained
 def test_draws_rank_layers_as_gradients_do():
     """The card's claim: a rank correlation of 0.8 at least, over blocks; over layers besides."""
     whole, drawn = scores("stories-char-940k")

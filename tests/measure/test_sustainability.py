@@ -35,6 +35,7 @@ def test_tokens_that_answer_nothing():
     assert sustainability(nothing, torch.ones(4, 3)) == 1
 
 
+@pytest.mark.trained
 def test_the_disturbance_goes_up_the_loss_of_a_real_model():
     """The paper's claim: what an attack moves, noise of the same size moves less."""
     if not os.environ.get(ASSETS):

@@ -13,15 +13,13 @@ from layerwise.core.reading.text import windows
 from layerwise.core.running.skipping import skip_blocks
 from layerwise.flow.sparsifying import contributions
 
-ASSETS = "LAYERWISE_ASSETS"
+pytestmark = pytest.mark.trained
 LENGTH, PROMPT, WINDOWS = 128, 64, 16
 
 
 @pytest.fixture(scope="module")
 def stories():
-    if not os.environ.get(ASSETS):
-        pytest.skip(f"{ASSETS} is not set")
-    assets = Path(os.environ[ASSETS])
+    assets = Path(os.environ["LAYERWISE_ASSETS"])
     folder = assets / "models/stories-char-940k"
     source = lw.open(folder).source
     ids = [
