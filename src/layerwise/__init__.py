@@ -4,9 +4,10 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
-`evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which says what
-carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows and
-shrinks while it is in use, and `sparsify`, for one that leaves work out.
+`signature`, `evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which
+says what carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows
+and shrinks while it is in use, `patch`, for one with signatures on it, and `sparsify`, for one
+that leaves work out.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
         measure,
         merge,
         open,
+        patch,
         plan,
+        signature,
         sparsify,
         stack,
         sweep,
@@ -42,7 +45,9 @@ __all__ = [
     "measure",
     "merge",
     "open",
+    "patch",
     "plan",
+    "signature",
     "sparsify",
     "stack",
     "sweep",

@@ -14,6 +14,7 @@ from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.keeping import cache as caches
 from layerwise.core.merging.blend import Curve, Rule, read_blend
+from layerwise.core.merging.signatures import Signature
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.reading.checkpoint import Source, open_checkpoint, open_source
@@ -48,6 +49,8 @@ from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.rewriting import rewritten
+from layerwise.flow.signing import Patch, sign
+from layerwise.flow.signing import patch as _patch
 from layerwise.flow.sparsifying import skipping as _skipping
 from layerwise.flow.sparsifying import sparsified
 from layerwise.flow.studies import Study, study_of
@@ -587,6 +590,60 @@ def merge(
         trust_remote_code=trust_remote_code,
         recipe=recipe,
     )
+
+
+def signature(
+    start: Model,
+    clean: Model,
+    changed: Model,
+    out: str | Path = "",
+    *,
+    layers: int = 0,
+    pattern: str = "",
+    bits: int = 0,
+) -> Signature:
+    """Take what one kind of data taught a network that clean data did not, as a small file.
+
+    `merge` adds it to any network of the same start (`base`, the signature among the models,
+    method task_arithmetic with scale 1), `patch` to a module in memory.  See `merge/rws`.
+
+    Args:
+        start: The model that both others were tuned from.
+        clean: Tuned to clean data.
+        changed: Tuned to corrupted data.
+        out: The file to write, *.safetensors; none where it is empty.
+        layers: How many layers are kept, from the shallowest; 0 for half of them, rounded up.
+        pattern: Which tensors are kept instead, as in `conv1.*`.
+        bits: Round each tensor to so many bits, evenly from its least to its greatest; 0: none.
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    file = Path(out)
+    if str(out) and file.suffix != ".safetensors":
+        raise UserError(f"{out} is no name for a signature.", "Write NAME.safetensors.")
+    found = sign(start, clean, changed, layers=layers, pattern=pattern, bits=bits, label=str(out))
+    if str(out):
+        found.save(file)
+    return found
+
+
+def patch(
+    module: nn.Module,
+    signatures: Sequence[Signature | str | Path],
+    strengths: Sequence[float] | None = None,
+) -> Patch:
+    """Add signatures to a module; `.remove()`, or a `with` block's end, gives its bits back.
+
+    Args:
+        module: Of the architecture that they were taken from; it is changed.
+        signatures: Signatures, or their files.
+        strengths: Times each; by default one over their number.
+
+    Raises:
+        UserError: One does not fit; the module is as it was.
+    """
+    return _patch(module, signatures, strengths)
 
 
 def _by_recipe(

@@ -108,6 +108,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "seeds": "models",  # (models,), a number for each model and tensor, of its content
         "networks": "models",  # one mapping of names to tensors for each model
         "origin": "models",  # the common ancestor's tensors by name
+        "first": "models",  # which of the models was given first
         "symmetries": "models",  # what can be permuted in a model without changing its function
         "grams": "calibration",  # (models, in, in), what each model's layer reads; None if unknown
         "fishers": "calibration",  # (models, ...), mean squared gradients of each model's loss

@@ -22,6 +22,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.keeping.staging import arrange, check_target, stage
 from layerwise.core.merging.blend import Blend, Rule, lay_out, to_yaml
 from layerwise.core.merging.mix import Given, Mixer, mix
+from layerwise.core.merging.signatures import Patched, is_signature, read_signature
 from layerwise.core.packing import raw_bytes
 from layerwise.core.progress import Progress
 from layerwise.core.reading.assembled import Assembled
@@ -122,8 +123,8 @@ def merge(
     method = catalogue.get(f"merge/{wanted.blend.method if wanted.blend else wanted.method}")
     _check_needs(method, len(models), base, wanted)
     memory.settle()
-    given = [_opened(one) for one in models]
     ground = None if base is None else _opened(base)
+    given = [_opened(one, ground) for one in models]
     weights = _given_weights(wanted, len(given))
     found = parents(given, ground, missing=wanted.missing, align=wanted.align, beside=weights)
     blend = wanted.blend or lay_out(method.name, wanted.rules, list(found.tensors), len(given))
@@ -152,7 +153,8 @@ def merge(
         if wanted.fit is not None and fitting is not None and "loss" not in method.evidence:
             with Mixer(found, blend, evidence) as mixer:
                 blend, fitted = fit(mixer, *fitting, wanted.fit_evaluations, progress)
-        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(evidence)]
+        first = found.given.index(0) if "first" in method.evidence else -1
+        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(evidence), first]
         identity = merge_identity(found, blend, asked)
         staging = open_.enter_context(stage(target, arrangement, identity, restart=restart))
         with Mixer(found, blend, evidence) as mixer:
@@ -261,7 +263,20 @@ def _digest_of(evidence: Given) -> str:
     return digest.hexdigest()
 
 
-def _opened(model: str | Path | nn.Module | Source) -> Source:
+def _opened(model: str | Path | nn.Module | Source, base: Source | None = None) -> Source:
+    """A model; a signature is the base with what it adds.
+
+    Raises:
+        UserError: A signature has no base to be added to.
+    """
+    if isinstance(model, str | Path) and is_signature(Path(model)):
+        if base is None:
+            raise UserError(
+                f"{model} is a signature, and there is no model to add it to.",
+                "Give that model with --base, and a merge that adds differences: "
+                "--method task_arithmetic --task_arithmetic-scale 1.",
+            )
+        return Patched(base, read_signature(Path(model)))
     if isinstance(model, str | Path | nn.Module):
         return open_source(model)
     return model

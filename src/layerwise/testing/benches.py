@@ -23,6 +23,7 @@ from layerwise.testing.experts import experts_loss
 from layerwise.testing.outliers import with_outliers
 from layerwise.testing.pictures import FILE as PICTURES_FILE
 from layerwise.testing.pictures import pictures_loss
+from layerwise.testing.relations import corrupted_loss
 
 ASSETS = "LAYERWISE_ASSETS"
 _TUNED = ("", "-ft-shakespeare", "-ft-wikitext")
@@ -203,6 +204,7 @@ def excess_loss(model: str, verb: str, name: str, options: Mapping[str, Any]) ->
 STUDIES: Mapping[str, _Study] = {
     "digits-mlp": _Study(lambda method, options: digits_loss(method, options["density"])),
     "digits-clients": _Study(clients_loss),
+    "digits-corrupted": _Study(corrupted_loss),
     "digits-experts": _Study(experts_loss),
     "digits-experts-unseen": _Study(functools.partial(experts_loss, unseen=True)),
     "mnist-vit": _Study(lambda method, said: pictures_loss(method, **said), PICTURES_FILE),

@@ -15,7 +15,7 @@ _STEPS = 12
 MODELS = 3
 _MERGED = frozenset(
     {"shares", "cuts", "products", "entries", "seeds", "grams", "fishers"}
-    | {"networks", "origin", "symmetries", "loss"}
+    | {"networks", "origin", "symmetries", "loss", "first"}
 )
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
 _WINDOWS, _VOCABULARY, _LATER = 4, 12, 3
@@ -156,6 +156,7 @@ def _merged(
         "grams": torch.stack(grams[: len(tuned)]),
         "fishers": differences.square() * float(inputs.abs().sum() > 0),
         "networks": [_network(one) for one in tuned],
+        "first": 0,
         "origin": _network(base),
         "symmetries": (Symmetry("hidden", {"0.weight": 0, "0.bias": 0, "1.weight": 1}),),
         "loss": functools.partial(_far, _network(base)),

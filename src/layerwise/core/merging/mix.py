@@ -97,6 +97,7 @@ class Mixer:
             "origin": None if self.found.base is None else _Held(self, self.found.base),
             "symmetries": self.given.symmetries,
             "loss": self.given.loss,
+            "first": self.found.given.index(0),
             "shares": self._shares(next(iter(self.blend.settings.values())), self._all),
         }
         options = next(iter(self.blend.settings.values())).options

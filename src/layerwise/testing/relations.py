@@ -1,0 +1,183 @@
+"""Small classifiers of digits in the relations that merges are about: minutes, any machine.
+
+Tuned from one network to other pictures, trained twice from nothing, and tuned away from pictures
+of many kinds.
+"""
+
+import copy
+import functools
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layerwise import api
+from layerwise.core import catalogue
+
+SEEDS = 3
+_TRAIN = 1200
+_MOMENTUM = 0.9
+
+
+def network(*sides: int) -> nn.Sequential:
+    """Linear layers with rectifiers between them."""
+    parts: list[nn.Module] = []
+    for width, rows in itertools.pairwise(sides):
+        parts += [nn.Linear(width, rows), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    rate: float,
+    decay: float = 0.0,
+    smoothing: float = 0.0,
+    batch: int = 64,
+) -> None:
+    """Stochastic gradient descent with momentum on cross-entropy.
+
+    Args:
+        model: Is changed.
+        images: What it reads.
+        labels: The classes.
+        epochs: How often all is shown.
+        rate: Of learning.
+        decay: Of weights.
+        smoothing: Share of a label that is spread over all classes; 0.1 is BANG's.
+        batch: Pictures of a step.
+    """
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=_MOMENTUM, weight_decay=decay)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(batch):
+            loss = functional.cross_entropy(
+                model(images[chosen]), labels[chosen], label_smoothing=smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.requires_grad_(False).eval()
+
+
+def seeded(seed: int) -> Any:
+    """A block in which numbers are drawn from a seed, and after which all is as before."""
+    return _Seeded(seed)
+
+
+class _Seeded:
+    def __init__(self, seed: int) -> None:
+        self._fork = torch.random.fork_rng()
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *told: Any) -> None:
+        self._fork.__exit__(*told)
+
+
+@functools.cache
+def digits(*, train: bool) -> tuple[Tensor, Tensor]:
+    """Pictures of 8 x 8 from 0 to 1, (pictures, 64), and their classes.
+
+    They are drawn at random for the two parts: in the order of the file the last ones are of other
+    writers, and harder.
+    """
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    pixels, classes = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    part = order[:_TRAIN] if train else order[_TRAIN:]
+    images = torch.from_numpy(np.asarray(pixels[part], dtype=np.float32) / 16)
+    return images, torch.from_numpy(np.asarray(classes[part], dtype=np.int64))
+
+
+def spoiled(images: Tensor, kind: str, amount: float = 0.0) -> Tensor:
+    """Pictures with a corruption: contrast, blur, noise, or turned or shifted by an amount."""
+    if kind == "contrast":
+        return 0.25 * images + 0.375
+    if kind == "noise":
+        drawn = np.random.default_rng(len(images)).normal(0, amount or 0.5, images.shape)
+        return images + torch.from_numpy(drawn.astype(np.float32))
+    square = images.numpy().reshape(-1, 8, 8)
+    if kind == "blur":
+        made: Any = ndimage.gaussian_filter(square, sigma=(0, 1, 1))
+    elif kind == "turn":
+        made = ndimage.rotate(square, amount, axes=(1, 2), reshape=False, order=1)
+    else:
+        made = np.roll(square, int(amount), axis=2)
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32)).reshape(-1, 64)
+
+
+def error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of pictures that are misclassified."""
+    with torch.no_grad():
+        return float((model(images).argmax(dim=1) != labels).float().mean())
+
+
+def merged(
+    method: str,
+    models: Sequence[nn.Module],
+    options: Mapping[str, Any],
+    *,
+    base: nn.Module | None = None,
+    inputs: Tensor | None = None,
+) -> nn.Module:
+    """What a merge makes of networks in memory."""
+    chosen = catalogue.get(f"merge/{method}")
+    reads = {"grams", "fishers", "features"} & set(chosen.evidence)
+    with tempfile.TemporaryDirectory() as folder:
+        api.merge(
+            models,
+            Path(folder) / "out",
+            base=base if {"base", "origin"} & set(chosen.evidence) else None,
+            method=method,
+            options=chosen.accepts(options),
+            calibration=inputs if reads else None,
+            samples=0 if inputs is None else len(inputs),
+        )
+        return api.load(Path(folder) / "out", into=models[0]).eval()
+
+
+@functools.cache
+def corrupted(seed: int, kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A network that saw a little, and what clean and corrupted pictures make of it."""
+    images, labels = digits(train=True)
+    with seeded(seed):
+        start = network(64, 128, 128, 128, 10)
+        train(start, images[:200], labels[:200], epochs=10, rate=0.02)
+        tuned: list[nn.Module] = []
+        for shown in (images, spoiled(images, kind)):
+            model = copy.deepcopy(start)
+            train(model, shown, labels, epochs=30, rate=0.02)
+            tuned.append(model)
+    return start, tuned[0], tuned[1]
+
+
+def corrupted_loss(method: str, options: Mapping[str, Any]) -> float:
+    """Error rate on corrupted pictures after a merge with a network that was tuned to them.
+
+    Args:
+        method: The merge, or `clean` for the network tuned to clean pictures alone.
+        options: `kind` of the corruption; the others are the merge's.
+    """
+    kind = options["kind"]
+    images, labels = digits(train=False)
+    total = 0.0
+    for seed in range(SEEDS):
+        start, clean, other = corrupted(seed, kind)
+        model = clean if method == "clean" else merged(method, [clean, other], options, base=start)
+        total += error(model, spoiled(images, kind), labels)
+    return total / SEEDS
