@@ -6,8 +6,8 @@
 The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
 `signature`, `evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which
 says what carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows
-and shrinks while it is in use, `patch`, for one with signatures on it, and `sparsify`, for one
-that leaves work out.
+and shrinks while it is in use, `patch`, for one with signatures on it, `sparsify`, for one that
+leaves work out, and `connect`, for what lies between two networks.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise.api import (
         compress,
+        connect,
         ensemble,
         evaluate,
         federate,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UserError",
     "compress",
+    "connect",
     "ensemble",
     "evaluate",
     "federate",

@@ -34,6 +34,8 @@ from layerwise.evaluate.tasks import Tasks
 from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
+from layerwise.flow.connecting import Connection
+from layerwise.flow.connecting import connect as _connect
 from layerwise.flow.federating import Clients
 from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
@@ -497,6 +499,7 @@ def merge(
     fit: Text | None = None,
     fit_evaluations: int = 200,
     loss: Loss | None = None,
+    norms: Tensor | None = None,
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -528,6 +531,8 @@ def merge(
         fit: Text that weights for each group of layers are found on, half of it kept aside.
         fit_evaluations: Most models that are tried for that.
         loss: What a module loses, for modules in memory: instead of texts.
+        norms: Inputs of modules in memory on which mean and variance of the result's batch norms
+            are estimated again; without them they are merged as all else, which they do not bear.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let checkpoints bring their own Python.
         progress: Is told of the stages.
@@ -579,6 +584,7 @@ def merge(
         fit=fit,
         fit_evaluations=fit_evaluations,
         loss=loss,
+        norms=norms,
     )
     return _merge(
         chosen,
@@ -590,6 +596,37 @@ def merge(
         trust_remote_code=trust_remote_code,
         recipe=recipe,
     )
+
+
+def connect(
+    first: nn.Module,
+    second: nn.Module,
+    loss: Loss,
+    *,
+    points: int = 11,
+    gammas: Sequence[float] = (0.0, 0.3),
+    norms: Tensor | None = None,
+    seed: int = 0,
+) -> Connection:
+    """Look at the straight way between two networks, before and after their weights are matched.
+
+    Tells the losses on the way, the barrier, the distance and how much alike the directions of the
+    layers are: what `merge/weight_matching` has to work with.
+
+    Args:
+        first: A module.
+        second: One of the same architecture.
+        loss: What a module loses.
+        points: How many points of the way are looked at, both ends included.
+        gammas: For which directions the alignment R_gamma is told: those of a singular value of at
+            least that fraction of the largest.
+        norms: Inputs that statistics of batch norms are estimated again on, between the ends.
+        seed: Of the order in which units are matched.
+
+    Raises:
+        UserError: They are not of one architecture, or of one in which nothing can be permuted.
+    """
+    return _connect(first, second, loss, points=points, gammas=gammas, norms=norms, seed=seed)
 
 
 def signature(

@@ -43,6 +43,7 @@ from layerwise.flow.gathering import gathered, shown, texts_of
 from layerwise.flow.identity import merge_identity
 from layerwise.flow.judging import Judge, Loss, judge_of
 from layerwise.flow.preparing import check_disk
+from layerwise.flow.repairing import batch_statistics
 
 # Points between two models at which a barrier is looked for, both ends included.
 POINTS = 5
@@ -70,6 +71,7 @@ class Wanted:
         fit: Text that coefficients are found on; None takes them as they are given.
         fit_evaluations: Most models that are tried for that.
         loss: What a module in memory loses, instead of texts.
+        norms: Inputs that statistics of the result's batch norms are estimated again on.
         sliced: Models have only some of the layers, and that is no news.
     """
 
@@ -87,6 +89,7 @@ class Wanted:
     fit: Text | None = None
     fit_evaluations: int = 200
     loss: Loss | None = None
+    norms: torch.Tensor | None = None
     sliced: bool = False
 
 
@@ -153,12 +156,14 @@ def merge(
         if wanted.fit is not None and fitting is not None and "loss" not in method.evidence:
             with Mixer(found, blend, evidence) as mixer:
                 blend, fitted = fit(mixer, *fitting, wanted.fit_evaluations, progress)
+        mixer = open_.enter_context(Mixer(found, blend, evidence))
+        if wanted.norms is not None:
+            mixer.given = replace(evidence, instead=_statistics(mixer, wanted.norms))
         first = found.given.index(0) if "first" in method.evidence else -1
-        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(evidence), first]
+        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(mixer.given), first]
         identity = merge_identity(found, blend, asked)
         staging = open_.enter_context(stage(target, arrangement, identity, restart=restart))
-        with Mixer(found, blend, evidence) as mixer:
-            rows = mix(mixer, staging, outputs, progress)
+        rows = mix(mixer, staging, outputs, progress)
         labels = [one.label for one in given]
         base_label = ground.label if ground else ""
         staging.add(_small_files(found, dtype, recipe or {}))
@@ -240,7 +245,15 @@ def _evidence(
     ]
     what = "grams" if "grams" in words else "fishers"
     how = {"trust_remote_code": trust_remote_code}
-    return Given(**{what: gathered(what, found.models, seen, folder, progress, **how)})
+    made = gathered(what, found.models, seen, folder, progress, **how)
+    return Given(grams=made) if what == "grams" else Given(fishers=made)
+
+
+def _statistics(mixer: Mixer, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Statistics of the batch norms of what is made; all of it is in memory meanwhile."""
+    infos = mixer.found.tensors.items()
+    made = {name: mixer.tensor(name) for name, info in infos if info.dtype.is_floating_point}
+    return batch_statistics(mixer.found.described, made, inputs)
 
 
 def _symmetries(words: set[str], found: Parents) -> Any:
@@ -260,6 +273,8 @@ def _digest_of(evidence: Given) -> str:
     for source in [*evidence.grams, *evidence.fishers]:
         for name in source.tensors:
             digest.update(name.encode() + bytes(raw_bytes(source.read(name))))
+    for name, one in evidence.instead.items():
+        digest.update(name.encode() + bytes(raw_bytes(one)))
     return digest.hexdigest()
 
 

@@ -181,3 +181,40 @@ def corrupted_loss(method: str, options: Mapping[str, Any]) -> float:
         model = clean if method == "clean" else merged(method, [clean, other], options, base=start)
         total += error(model, spoiled(images, kind), labels)
     return total / SEEDS
+
+
+@functools.cache
+def twins(seed: int, width: int, count: int = 2) -> tuple[nn.Module, ...]:
+    """Networks with two hidden layers of a width, each trained from another seed."""
+    images, labels = digits(train=True)
+    found: list[nn.Module] = []
+    for place in range(count):
+        with seeded(100 * seed + place):
+            model = network(64, width, width, 10)
+            train(model, images, labels, epochs=40, rate=0.02, decay=1e-4)
+        found.append(model)
+    return tuple(found)
+
+
+def barrier_loss(method: str, options: Mapping[str, Any]) -> float:
+    """What the middle of two networks loses beyond their mean, in nats per test picture.
+
+    Args:
+        method: `linear`, or `weight_matching` for the middle after one was permuted.
+        options: `width` of the hidden layers; the others are the merge's.
+    """
+    images, labels = digits(train=False)
+    total = 0.0
+    for seed in range(SEEDS):
+        pair = twins(seed, options["width"])
+        losses = [
+            cross_entropy(one, images, labels) for one in (merged(method, pair, options), *pair)
+        ]
+        total += losses[0] - (losses[1] + losses[2]) / 2
+    return total / SEEDS
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Mean loss of a classifier, in nats."""
+    with torch.no_grad():
+        return float(functional.cross_entropy(model(images), labels))
