@@ -48,7 +48,8 @@ def alignment(first: State, second: State, gamma: float = 0.0) -> float:
         R_gamma = sum_l sum_ij s_i t_j (u_i . p_j) (v_i . q_j) / sum_l sum_i s_i t_i
 
     1 where the layers are alike but for a factor, near 0 for networks of other seeds.  A
-    permutation changes the numerator alone, for singular values stay; at gamma = 0 that is sum_l <W_a, W_b>, so that
+    permutation changes the numerator alone, for singular values stay; at gamma = 0 that is
+    sum_l <W_a, W_b>, so that
 
         |a - b|^2 = sum_l (sum_i s_i^2 + sum_i t_i^2) - 2 numerator
 
