@@ -39,7 +39,7 @@ from layerwise.core.reading.symmetry import symmetries
 from layerwise.core.reading.text import Text
 from layerwise.core.telling.merged import Barrier, Fit, Merge, Score
 from layerwise.flow.fitting import fit
-from layerwise.flow.gathering import gathered, shown, texts_of
+from layerwise.flow.gathering import gathered, moments, shown, texts_of
 from layerwise.flow.identity import merge_identity
 from layerwise.flow.judging import Judge, Loss, judge_of
 from layerwise.flow.preparing import check_disk
@@ -49,6 +49,8 @@ from layerwise.flow.repairing import batch_statistics
 POINTS = 5
 # Beyond so many models the ways between every two of them are too many to look at.
 _MOST_PAIRED = 4
+# What models show of a calibration text.
+_FROM_TEXT = frozenset({"grams", "fishers", "moments"})
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -236,8 +238,11 @@ def _evidence(
     loss = None
     if "loss" in words and fitting is not None:
         loss = functools.partial(_tried, fitting[0])
-    if not words & {"grams", "fishers"}:
-        return Given(loss=loss, symmetries=_symmetries(words, found))
+    known = Given(loss=loss, symmetries=_symmetries(words, found))
+    if not words & _FROM_TEXT:
+        return known
+    if "moments" in words:
+        return replace(known, moments=_moments(found, wanted, folder, progress, trust_remote_code))
     texts = found.ordered(texts_of(found.models, wanted.calibration))
     seen = [
         shown(one, text, wanted.samples, wanted.length)
@@ -246,7 +251,22 @@ def _evidence(
     what = "grams" if "grams" in words else "fishers"
     how = {"trust_remote_code": trust_remote_code}
     made = gathered(what, found.models, seen, folder, progress, **how)
-    return Given(grams=made) if what == "grams" else Given(fishers=made)
+    return replace(known, grams=made) if what == "grams" else replace(known, fishers=made)
+
+
+def _moments(
+    found: Parents, wanted: Wanted, folder: Path, progress: Progress, trust_remote_code: bool
+) -> Mapping[str, torch.Tensor]:
+    """What layers of all models read of one text, together."""
+    if len(wanted.calibration) != 1:
+        raise UserError(
+            f"{len(wanted.calibration)} calibration texts were given, and all models are to answer "
+            "to the same one.",
+            "Give one.",
+        )
+    text = shown(found.described, wanted.calibration[0], wanted.samples, wanted.length)
+    how = {"trust_remote_code": trust_remote_code}
+    return moments(found.models, text, folder, progress, **how)
 
 
 def _statistics(mixer: Mixer, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -273,7 +293,7 @@ def _digest_of(evidence: Given) -> str:
     for source in [*evidence.grams, *evidence.fishers]:
         for name in source.tensors:
             digest.update(name.encode() + bytes(raw_bytes(source.read(name))))
-    for name, one in evidence.instead.items():
+    for name, one in [*evidence.moments.items(), *evidence.instead.items()]:
         digest.update(name.encode() + bytes(raw_bytes(one)))
     return digest.hexdigest()
 
@@ -316,7 +336,7 @@ def _check_needs(method: catalogue.Method, models: int, base: Any, wanted: Wante
         raise UserError(
             f"{method.id} needs the model that the others were tuned from.", "Give it with --base."
         )
-    text = {"grams", "fishers"} & set(method.evidence)
+    text = _FROM_TEXT & set(method.evidence)
     if text and not wanted.calibration and wanted.loss is None:
         raise UserError(
             f"{method.id} learns from what each model sees of a text, and none was given.",

@@ -23,7 +23,7 @@ from layerwise.testing.experts import experts_loss
 from layerwise.testing.outliers import with_outliers
 from layerwise.testing.pictures import FILE as PICTURES_FILE
 from layerwise.testing.pictures import pictures_loss
-from layerwise.testing.relations import barrier_loss, corrupted_loss
+from layerwise.testing.relations import barrier_loss, corrupted_loss, twins_loss
 
 ASSETS = "LAYERWISE_ASSETS"
 _TUNED = ("", "-ft-shakespeare", "-ft-wikitext")
@@ -205,6 +205,7 @@ STUDIES: Mapping[str, _Study] = {
     "digits-mlp": _Study(lambda method, options: digits_loss(method, options["density"])),
     "digits-clients": _Study(clients_loss),
     "digits-corrupted": _Study(corrupted_loss),
+    "digits-twins": _Study(twins_loss),
     "digits-twins-barrier": _Study(barrier_loss),
     "digits-experts": _Study(experts_loss),
     "digits-experts-unseen": _Study(functools.partial(experts_loss, unseen=True)),

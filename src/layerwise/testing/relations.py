@@ -137,7 +137,7 @@ def merged(
 ) -> nn.Module:
     """What a merge makes of networks in memory."""
     chosen = catalogue.get(f"merge/{method}")
-    reads = {"grams", "fishers", "features"} & set(chosen.evidence)
+    reads = {"grams", "fishers", "moments"} & set(chosen.evidence)
     with tempfile.TemporaryDirectory() as folder:
         api.merge(
             models,
@@ -214,7 +214,125 @@ def barrier_loss(method: str, options: Mapping[str, Any]) -> float:
     return total / SEEDS
 
 
+def twins_loss(method: str, options: Mapping[str, Any]) -> float:
+    """Error rate of what two networks of other seeds become.
+
+    Args:
+        method: The merge; what it reads of inputs is the training pictures.
+        options: `width` of the hidden layers; the others are the merge's.
+    """
+    images, labels = digits(train=False)
+    shown, _ = digits(train=True)
+    return (
+        sum(
+            error(merged(method, twins(seed, options["width"]), options, inputs=shown),
+                  images, labels)
+            for seed in range(SEEDS)
+        )
+        / SEEDS
+    )  # fmt: skip
+
+
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Mean loss of a classifier, in nats."""
     with torch.no_grad():
         return float(functional.cross_entropy(model(images), labels))
+
+
+_WISE_SEEDS = 4
+# What the start saw of its half of the pictures, and what the tuned network never sees.
+_WIDE = (("turn", -30.0), ("turn", -15.0), ("turn", 0.0), ("turn", 15.0), ("turn", 30.0))
+_SHIFTED = (("turn", 30.0), ("turn", -30.0), ("noise", 0.35), ("shift", 1.0))
+
+
+@functools.cache
+def narrowed(seed: int, smoothing: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """A network that saw pictures of many kinds, and what clean ones make of it.
+
+    Args:
+        seed: Draws the weights, the order and the noise.
+        smoothing: Of the labels as it is tuned: BANG's fine-tuning, which leaves the tuned network
+            less sure of itself, so that it does not outvote the other when both are averaged.
+    """
+    images, labels = digits(train=True)
+    half = len(images) // 2
+    with seeded(seed):
+        start = network(64, 128, 128, 10)
+        seen = [spoiled(images[:half], *kind) for kind in _WIDE]
+        seen += [spoiled(images[:half], "noise", 0.2)]
+        shown = torch.cat(seen)
+        train(start, shown, labels[:half].repeat(len(seen)), epochs=15, rate=0.02)
+        tuned = copy.deepcopy(start)
+        train(tuned, images[half:], labels[half:], epochs=60, rate=0.05, smoothing=smoothing)
+    return start, tuned
+
+
+def shifted_error(model: nn.Module) -> float:
+    """Share of pictures that are misclassified, over four kinds that no tuning showed."""
+    images, labels = digits(train=False)
+    return sum(error(model, spoiled(images, *kind), labels) for kind in _SHIFTED) / len(_SHIFTED)
+
+
+def shifted_loss(method: str, options: Mapping[str, Any]) -> float:
+    """Error rate on pictures unlike those that a network was tuned to.
+
+    Args:
+        method: `tuned` for that network alone; `unsmoothed` for its WiSE-FT after plain labels; or
+            a merge of it with what it was tuned from.
+        options: `smoothing` of the labels as it is tuned; the others are the merge's.
+    """
+    total = 0.0
+    smoothing = 0.0 if method == "unsmoothed" else options.get("smoothing", 0.0)
+    name = "wise_ft" if method == "unsmoothed" else method
+    for seed in range(_WISE_SEEDS):
+        start, tuned = narrowed(seed, smoothing)
+        model = tuned if method == "tuned" else merged(name, [tuned], options, base=start)
+        total += shifted_error(model)
+    return total / _WISE_SEEDS
+
+
+_TURNS = (20.0, -20.0)
+
+
+@functools.cache
+def cooks(seed: int, what: str) -> tuple[nn.Module, ...]:
+    """Networks of one base: `soup` for three of other rates and orders, or two `specialists`."""
+    images, labels = digits(train=True)
+    with seeded(seed):
+        base = network(64, 128, 128, 128, 10)
+        train(base, images, labels, epochs=5, rate=0.02)
+        found: list[nn.Module] = []
+        if what == "soup":
+            for rate in (0.02, 0.05, 0.1):
+                model = copy.deepcopy(base)
+                train(model, images[:400], labels[:400], epochs=20, rate=rate)
+                found.append(model)
+        else:
+            for turn in _TURNS:
+                model = copy.deepcopy(base)
+                train(model, spoiled(images, "turn", turn), labels, epochs=20, rate=0.02)
+                found.append(model)
+    return tuple(found)
+
+
+def soup_loss(what: str, method: str, options: Mapping[str, Any]) -> float:
+    """Error rate of networks of one base that are averaged.
+
+    Args:
+        what: `soup` on clean pictures, or `specialists` on those of both.
+        method: The merge, or `ingredients` for the mean of the networks alone.
+        options: The merge's.
+    """
+    images, labels = digits(train=False)
+    turns = (0.0,) if what == "soup" else _TURNS
+    shown = [spoiled(images, "turn", turn) if turn else images for turn in turns]
+
+    def missed(model: nn.Module) -> float:
+        return sum(error(model, one, labels) for one in shown) / len(shown)
+
+    total = 0.0
+    for seed in range(_WISE_SEEDS):
+        models = cooks(seed, what)
+        made = list(models) if method == "ingredients" else [merged(method, models, options)]
+        total += sum(missed(one) for one in made) / len(made)
+    return total / _WISE_SEEDS

@@ -44,6 +44,7 @@ class Given:
         fishers: For each model mean squared gradients, under the names of its tensors.
         loss: What a model with such tensors loses.
         symmetries: What can be permuted without changing the function.
+        moments: By tensor of a layer, mean products of all that it reads in all models.
         instead: Tensors of the result that are known already, and not merged.
     """
 
@@ -51,6 +52,7 @@ class Given:
     fishers: Sequence[Source] = ()
     loss: Callable[[State], float] | None = None
     symmetries: Any = None
+    moments: State = field(default_factory=dict[str, Tensor])
     instead: State = field(default_factory=dict[str, Tensor])
 
 
@@ -99,6 +101,7 @@ class Mixer:
             "origin": None if self.found.base is None else _Held(self, self.found.base),
             "symmetries": self.given.symmetries,
             "loss": self.given.loss,
+            "moments": self.given.moments,
             "first": self.found.given.index(0),
             "shares": self._shares(next(iter(self.blend.settings.values())), self._all),
         }
