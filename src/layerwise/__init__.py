@@ -7,7 +7,8 @@ The same commands as on the command line: `open`, `inspect`, `plan`, `compress`,
 `signature`, `evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which
 says what carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows
 and shrinks while it is in use, `patch`, for one with signatures on it, `sparsify`, for one that
-leaves work out, and `connect`, for what lies between two networks.
+leaves work out, `connect`, for what lies between two networks, and
+`widen`, for one that holds both.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         sparsify,
         stack,
         sweep,
+        widen,
     )
     from layerwise.core.errors import UserError
 
@@ -53,6 +55,7 @@ __all__ = [
     "sparsify",
     "stack",
     "sweep",
+    "widen",
 ]
 __version__ = "0.1.0"
 

@@ -60,6 +60,8 @@ from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.voting import vote
+from layerwise.flow.widening import Wide
+from layerwise.flow.widening import widen as _widen
 from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
@@ -681,6 +683,33 @@ def patch(
         UserError: One does not fit; the module is as it was.
     """
     return _patch(module, signatures, strengths)
+
+
+def widen(
+    first: nn.Sequential,
+    second: nn.Sequential,
+    inputs: Tensor,
+    *,
+    budget: int | float = 1.5,
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> Wide:
+    """Merge two chains of linear layers into a wider one: units that do not match both stay.
+
+    `merge/pleas` makes a network of one's size; this one has between that and both.
+
+    Args:
+        first: Linear layers with anything between them that works unit by unit.
+        second: One of the same hidden widths; its last layer may answer another question.
+        inputs: What both networks are shown, (examples, in); no labels.
+        budget: Weights of hidden layers, as a multiple of one network's, from 1 to 2.
+        ridge: How strongly the weights before the least squares pull.
+        seed: Draws another order in which units are matched.
+
+    Raises:
+        UserError: The budget is out of range, or the networks are no such chains.
+    """
+    return _widen(first, second, inputs, budget=budget, ridge=ridge, seed=seed)
 
 
 def _by_recipe(

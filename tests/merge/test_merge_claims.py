@@ -1,8 +1,12 @@
 """Claims of cards on digits that are no ratio of two losses, on one of the seeds of each."""
 
+import json
+
 import pytest
 import torch
+from torch import nn
 
+import layerwise as lw
 from layerwise.testing import relations
 
 
@@ -46,3 +50,43 @@ def test_the_arc_and_the_chord_agree_where_tensors_lie_alike():
         for m in ("linear", "slerp")
     )
     assert abs(linear - slerp) <= 0.01
+
+
+def chain(seed):
+    torch.manual_seed(seed)
+    parts = nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)
+    return nn.Sequential(*parts).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("layers", [(), ("2",), ("0", "2"), ("0", "2", "4")])
+def test_a_group_of_layers_is_averaged_in_one_host(host, layers, tmp_path):
+    """Card 021: all but the group stays the host's bit for bit; all layers are the plain merge."""
+    models = [chain(1), chain(2)]
+    alone = [1.0, 0.0] if host == 0 else [0.0, 1.0]
+    rules = {"*": {"weights": alone}} | {f"{one}.*": {"weights": [1.0, 1.0]} for one in layers}
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps({"method": "linear", "tensors": rules}))
+    inputs = torch.randn(40, 6)
+    labels = torch.randint(3, (40,))
+
+    def loss(model):
+        return float(nn.functional.cross_entropy(model(inputs), labels))
+
+    report = lw.merge(models, tmp_path / "out", plan=plan, loss=loss)
+    made = lw.load(tmp_path / "out", into=models[0])
+    expected = {}
+    for name, one in models[host].state_dict().items():
+        if name[0] in layers:
+            other = models[1 - host].state_dict()[name]
+            expected[name] = (one + other) / 2
+            torch.testing.assert_close(made.state_dict()[name], expected[name])
+        else:
+            assert torch.equal(made.state_dict()[name], one)
+    scores = [one.loss for one in report.scores]
+    assert scores[-1] == pytest.approx(loss(made))
+    if len(layers) == 3:
+        whole = lw.merge(models, tmp_path / "whole", loss=loss)
+        assert whole.scores[-1].loss == pytest.approx(scores[-1], rel=1e-6)
+    if not layers:
+        assert scores[-1] == pytest.approx(scores[host])

@@ -55,7 +55,7 @@ def pleas(
     This is the paper's merge of one network's size, B = 1.  Unlike the paper, which runs Adam for
     400 steps, it solves in closed form, and pulls towards the matched average.  A wider network,
     1 < B <= 2, keeps units that do not match beside each other; it has other shapes than its
-    parents, which a merge has not.
+    parents, which a merge has not: `lw.widen` makes it of chains of linear layers.
 
     Args:
         networks: Tensors of every network by name.
