@@ -7,8 +7,8 @@ The same commands as on the command line: `open`, `inspect`, `plan`, `compress`,
 `signature`, `evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which
 says what carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows
 and shrinks while it is in use, `patch`, for one with signatures on it, `sparsify`, for one that
-leaves work out, `connect`, for what lies between two networks, and
-`widen`, for one that holds both.
+leaves work out, `connect`, for what lies between two networks, and `widen`, for one that holds
+both.
 """
 
 from typing import TYPE_CHECKING, Any

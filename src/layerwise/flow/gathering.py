@@ -119,8 +119,10 @@ def moments(
         trust_remote_code: Let checkpoints bring their own Python.
     """
     found = [structure(one) for one in models]
-    how = {"trust_remote_code": trust_remote_code}
-    runners = [Runner(one, inside, **how) for one, inside in zip(models, found, strict=True)]
+    runners = [
+        Runner(one, inside, trust_remote_code=trust_remote_code)
+        for one, inside in zip(models, found, strict=True)
+    ]
     hidden = [runner.start(text.ids) for runner in runners]
     plain = [
         one

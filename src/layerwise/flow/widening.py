@@ -60,7 +60,7 @@ class Wide(nn.Module):
         self.hidden = nn.ModuleList(hidden)
         self.activations = nn.ModuleList(activations)
         self.heads = nn.ModuleList(heads)
-        self.widths = tuple(widths)
+        self.widths: tuple[tuple[int, int, int], ...] = tuple(widths)
         merged, alone, _ = units.counts
         for name, own, rest, start in (
             ("first", units.first, units.only_first, merged),
@@ -74,8 +74,13 @@ class Wide(nn.Module):
 
     @property
     def weights(self) -> int:
-        """Weights of the hidden layers that may be other than 0."""
-        return sum(int((one.weight != 0).sum()) for one in self.hidden)  # pyright: ignore[reportArgumentType]
+        """Weights of the hidden layers, those left out that no training would fill."""
+        total, alone = 0, (0, 0)
+        for layer, (_, first, second) in zip(self.hidden, self.widths, strict=True):
+            assert isinstance(layer, nn.Linear)
+            total += layer.weight.numel() - first * alone[1] - second * alone[0]
+            alone = (first, second)
+        return total
 
     def forward(self, inputs: Tensor, task: int = 0) -> Tensor:
         """What one of the two classifiers answers.
@@ -132,7 +137,7 @@ def widen(
     if not 1 <= budget <= 2:
         raise UserError(f"a budget of {budget} is not possible.", "Give 1 to 2.")
     layers = [_linear(one) for one in (first, second)]
-    shapes = [[tuple(part.weight.shape) for part in chain[:-1]] for chain in layers]
+    shapes = [[(len(part.weight), part.in_features) for part in chain[:-1]] for chain in layers]
     if shapes[0] != shapes[1] or len(layers[0]) < 2:
         raise UserError(
             "the two networks are no chains of linear layers of the same hidden widths.",
@@ -181,11 +186,13 @@ def _paired(
     """For each hidden layer the second's unit of each of the first's, and how alike they are."""
     # Heads that answer other questions say nothing of which units are alike.
     states = [
-        {f"{n}.weight": part.weight.detach() for n, part in enumerate(chain[:-1])}
-        | {f"{n}.bias": part.bias.detach() for n, part in enumerate(chain[:-1])
-           if part.bias is not None}
+        {
+            f"{n}.{kind}": one.detach()
+            for n, part in enumerate(chain[:-1])
+            for kind, one in part.named_parameters()
+        }
         for chain in layers
-    ]  # fmt: skip
+    ]
     if layers[0][-1].weight.shape == layers[1][-1].weight.shape:
         for state, chain in zip(states, layers, strict=True):
             state[f"{len(chain) - 1}.weight"] = chain[-1].weight.detach()
@@ -287,6 +294,7 @@ def _begun(
             torch.cat([two[d][:, j], blank, two[d][:, m]], 1),
         ]
     )
-    if pair[0].bias is None:
+    biases = [dict(layer.named_parameters()).get("bias") for layer in pair]
+    if biases[0] is None or biases[1] is None:
         return weight, None
-    return weight, writes.joined(*(layer.bias.double() for layer in pair))
+    return weight, writes.joined(biases[0].double(), biases[1].double())
