@@ -4,9 +4,11 @@
     lw.compress("builtin:tiny", "small", budget="3.5bits", method="gptq", symmetric=True, group=32)
 
 The same commands as on the command line: `open`, `inspect`, `plan`, `compress`, `sweep`, `merge`,
-`evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which says what
-carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows and
-shrinks while it is in use, and `sparsify`, for one that leaves work out.
+`signature`, `evaluate`, `ensemble`, `federate`; `measure`, for scores alone; and `forecast`, which
+says what carrying out a plan takes, `load`, for a model of any format, `stack`, for one that grows
+and shrinks while it is in use, `patch`, for one with signatures on it, `sparsify`, for one that
+leaves work out, `connect`, for what lies between two networks, and `widen`, for one that holds
+both.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerwise.api import (
         compress,
+        connect,
         ensemble,
         evaluate,
         federate,
@@ -23,16 +26,20 @@ if TYPE_CHECKING:
         measure,
         merge,
         open,
+        patch,
         plan,
+        signature,
         sparsify,
         stack,
         sweep,
+        widen,
     )
     from layerwise.core.errors import UserError
 
 __all__ = [
     "UserError",
     "compress",
+    "connect",
     "ensemble",
     "evaluate",
     "federate",
@@ -42,10 +49,13 @@ __all__ = [
     "measure",
     "merge",
     "open",
+    "patch",
     "plan",
+    "signature",
     "sparsify",
     "stack",
     "sweep",
+    "widen",
 ]
 __version__ = "0.1.0"
 

@@ -14,6 +14,7 @@ from layerwise.core.economy import memory_limit
 from layerwise.core.errors import UserError
 from layerwise.core.keeping import cache as caches
 from layerwise.core.merging.blend import Curve, Rule, read_blend
+from layerwise.core.merging.signatures import Signature
 from layerwise.core.plan import Plan
 from layerwise.core.progress import Progress, Silent
 from layerwise.core.reading.checkpoint import Source, open_checkpoint, open_source
@@ -33,6 +34,8 @@ from layerwise.evaluate.tasks import Tasks
 from layerwise.export.bitstack import BitStack, Stack
 from layerwise.flow.assessing import Asked, assess, load_or_say
 from layerwise.flow.compressing import compress as _compress
+from layerwise.flow.connecting import Connection
+from layerwise.flow.connecting import connect as _connect
 from layerwise.flow.federating import Clients
 from layerwise.flow.federating import federate as _federate
 from layerwise.flow.identity import candidates_of
@@ -48,6 +51,8 @@ from layerwise.flow.planning import make_plan
 from layerwise.flow.preparing import Proving, Texts, check, prepare
 from layerwise.flow.promising import foresight, promised
 from layerwise.flow.rewriting import rewritten
+from layerwise.flow.signing import Patch, sign
+from layerwise.flow.signing import patch as _patch
 from layerwise.flow.sparsifying import skipping as _skipping
 from layerwise.flow.sparsifying import sparsified
 from layerwise.flow.studies import Study, study_of
@@ -55,6 +60,8 @@ from layerwise.flow.survey import Survey, everywhere, survey
 from layerwise.flow.sweeping import Setting, points_of, publish
 from layerwise.flow.sweeping import sweep as _sweep
 from layerwise.flow.voting import vote
+from layerwise.flow.widening import Wide
+from layerwise.flow.widening import widen as _widen
 from layerwise.flow.wish import Wish
 
 Model = str | Path | nn.Module
@@ -494,6 +501,7 @@ def merge(
     fit: Text | None = None,
     fit_evaluations: int = 200,
     loss: Loss | None = None,
+    norms: Tensor | None = None,
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -525,6 +533,8 @@ def merge(
         fit: Text that weights for each group of layers are found on, half of it kept aside.
         fit_evaluations: Most models that are tried for that.
         loss: What a module loses, for modules in memory: instead of texts.
+        norms: Inputs of modules in memory on which mean and variance of the result's batch norms
+            are estimated again; without them they are merged as all else, which they do not bear.
         restart: Throw away a stopped run with other options.
         trust_remote_code: Let checkpoints bring their own Python.
         progress: Is told of the stages.
@@ -576,6 +586,7 @@ def merge(
         fit=fit,
         fit_evaluations=fit_evaluations,
         loss=loss,
+        norms=norms,
     )
     return _merge(
         chosen,
@@ -587,6 +598,118 @@ def merge(
         trust_remote_code=trust_remote_code,
         recipe=recipe,
     )
+
+
+def connect(
+    first: nn.Module,
+    second: nn.Module,
+    loss: Loss,
+    *,
+    points: int = 11,
+    gammas: Sequence[float] = (0.0, 0.3),
+    norms: Tensor | None = None,
+    seed: int = 0,
+) -> Connection:
+    """Look at the straight way between two networks, before and after their weights are matched.
+
+    Tells the losses on the way, the barrier, the distance and how much alike the directions of the
+    layers are: what `merge/weight_matching` has to work with.
+
+    Args:
+        first: A module.
+        second: One of the same architecture.
+        loss: What a module loses.
+        points: How many points of the way are looked at, both ends included.
+        gammas: For which directions the alignment R_gamma is told: those of a singular value of at
+            least that fraction of the largest.
+        norms: Inputs that statistics of batch norms are estimated again on, between the ends.
+        seed: Of the order in which units are matched.
+
+    Raises:
+        UserError: They are not of one architecture, or of one in which nothing can be permuted.
+    """
+    return _connect(first, second, loss, points=points, gammas=gammas, norms=norms, seed=seed)
+
+
+def signature(
+    start: Model,
+    clean: Model,
+    changed: Model,
+    out: str | Path = "",
+    *,
+    layers: int = 0,
+    pattern: str = "",
+    bits: int = 0,
+) -> Signature:
+    """Take what one kind of data taught a network that clean data did not, as a small file.
+
+    `merge` adds it to any network of the same start (`base`, the signature among the models,
+    method task_arithmetic with scale 1), `patch` to a module in memory.  See `merge/rws`.
+
+    Args:
+        start: The model that both others were tuned from.
+        clean: Tuned to clean data.
+        changed: Tuned to corrupted data.
+        out: The file to write, *.safetensors; none where it is empty.
+        layers: How many layers are kept, from the shallowest; 0 for half of them, rounded up.
+        pattern: Which tensors are kept instead, as in `conv1.*`.
+        bits: Round each tensor to so many bits, evenly from its least to its greatest; 0: none.
+
+    Raises:
+        UserError: Something is not as it must be; nothing was written.
+    """
+    file = Path(out)
+    if str(out) and file.suffix != ".safetensors":
+        raise UserError(f"{out} is no name for a signature.", "Write NAME.safetensors.")
+    found = sign(start, clean, changed, layers=layers, pattern=pattern, bits=bits, label=str(out))
+    if str(out):
+        found.save(file)
+    return found
+
+
+def patch(
+    module: nn.Module,
+    signatures: Sequence[Signature | str | Path],
+    strengths: Sequence[float] | None = None,
+) -> Patch:
+    """Add signatures to a module; `.remove()`, or a `with` block's end, gives its bits back.
+
+    Args:
+        module: Of the architecture that they were taken from; it is changed.
+        signatures: Signatures, or their files.
+        strengths: Times each; by default one over their number.
+
+    Raises:
+        UserError: One does not fit; the module is as it was.
+    """
+    return _patch(module, signatures, strengths)
+
+
+def widen(
+    first: nn.Sequential,
+    second: nn.Sequential,
+    inputs: Tensor,
+    *,
+    budget: int | float = 1.5,
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> Wide:
+    """Merge two chains of linear layers into a wider one: units that do not match both stay.
+
+    `merge/pleas` makes a network of one's size; this one has between that and both.
+
+    Args:
+        first: Linear layers with anything between them that works unit by unit.
+        second: One of the same hidden widths; its last layer may answer another question.
+        inputs: What both networks are shown, (examples, in); no labels.
+        budget: Weights of hidden layers, as a multiple of one network's, from 1 to 2.
+        ridge: How strongly the weights before the least squares pull.
+        seed: Draws another order in which units are matched.
+
+    Raises:
+        UserError: The budget is out of range, or the networks are no such chains.
+    """
+    return _widen(first, second, inputs, budget=budget, ridge=ridge, seed=seed)
 
 
 def _by_recipe(

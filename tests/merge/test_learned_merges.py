@@ -9,9 +9,9 @@ from torch import nn
 
 import layerwise as lw
 from layerwise.cli import main
+from layerwise.core.merging.matching import permuted
 from layerwise.core.reading.checkpoint import module_source, open_checkpoint
 from layerwise.core.reading.symmetry import symmetries
-from layerwise.merge._matching import permuted
 
 
 @pytest.fixture(scope="module")

@@ -252,6 +252,24 @@ def merge(chosen: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def signature(chosen: argparse.Namespace, given: Sequence[str]) -> int:
+    """`layerwise signature`."""
+    made = lw.signature(
+        chosen.start,
+        chosen.clean,
+        chosen.changed,
+        chosen.output,
+        layers=chosen.layers,
+        pattern=chosen.tensors,
+        bits=chosen.bits,
+    )
+    console().print(report.signature_table(made))
+    if chosen.json:
+        told = {"file": made.label, "bytes": made.size, "bits": made.bits}
+        _print_json({**told, "tensors": list(made.tensors), "apart": dict(made.apart)})
+    return 0
+
+
 def _merged(arguments: Mapping[str, Any], *, restart: bool = False) -> Merge:
     """Merge, and show what came of it."""
     recipe = {"merge": _recorded(arguments)}

@@ -39,7 +39,7 @@ def build(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (
-        *(_inspect, _plan, _compress, _sweep, _merge, _evaluate, _ensemble),
+        *(_inspect, _plan, _compress, _sweep, _merge, _signature, _evaluate, _ensemble),
         *(_federate, _run, _report),
         *(_methods, _show, _check, _claims),
     ):
@@ -282,6 +282,30 @@ def _merge(commands: Any) -> None:
     )
     made.add_argument("--restart", action="store_true", help="throw a stopped run away")
     made.add_argument("--trust-remote-code", action="store_true", help="run the models' own code")
+
+
+def _signature(commands: Any) -> None:
+    made = _command(
+        commands,
+        "signature",
+        "keep what one kind of data taught a model's first layers as a small file",
+        "layerwise signature START CLEAN NOISY -o noise.safetensors --layers 1 --bits 8",
+        "layerwise merge noise.safetensors blur.safetensors --base TARGET -o OUT \\",
+        "    --method task_arithmetic --task_arithmetic-scale 1 --weights 0.5,0.5",
+    )
+    made.add_argument("start", metavar="START", help="what both others were tuned from")
+    made.add_argument("clean", metavar="CLEAN", help="tuned to clean data")
+    made.add_argument("changed", metavar="CHANGED", help="tuned to corrupted data")
+    made.add_argument("-o", "--output", required=True, metavar="FILE", help="*.safetensors")
+    made.add_argument(
+        "--layers", type=int, default=0, help="layers kept, from the shallowest (half of them)"
+    )
+    made.add_argument(
+        "--tensors", default="", metavar="PATTERN", help="which tensors are kept instead: conv1.*"
+    )
+    made.add_argument(
+        "--bits", type=int, default=0, help="round each tensor to so many bits (not rounded)"
+    )
 
 
 def _evaluate(commands: Any) -> None:

@@ -108,8 +108,12 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "seeds": "models",  # (models,), a number for each model and tensor, of its content
         "networks": "models",  # one mapping of names to tensors for each model
         "origin": "models",  # the common ancestor's tensors by name
+        "first": "models",  # which of the models was given first
         "symmetries": "models",  # what can be permuted in a model without changing its function
         "grams": "calibration",  # (models, in, in), what each model's layer reads; None if unknown
+        # By tensor of a layer, (models in + 1, ...): mean of x x^T, where x is what it reads of one
+        # text in all models, one after the other, and 1.
+        "moments": "calibration",
         "fishers": "calibration",  # (models, ...), mean squared gradients of each model's loss
         "loss": "calibration",  # what a model with such tensors loses on a text, a function
         "server": "clients",  # (...), the global model's tensor before the round

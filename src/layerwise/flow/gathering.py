@@ -1,7 +1,7 @@
 """What merges read of each model beside its weights, kept in files that are read in slices."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layerwise.core.errors import UserError
 from layerwise.core.progress import Progress
 from layerwise.core.reading.checkpoint import ModuleSource, Source, open_checkpoint
-from layerwise.core.reading.structure import structure
+from layerwise.core.reading.structure import by_input, structure
 from layerwise.core.reading.text import Text, Windows, windows
 from layerwise.core.running.products import located
 from layerwise.core.running.runner import Runner
@@ -95,6 +95,113 @@ def _grams(source: Source, ids: Tensor, trust_remote_code: bool) -> dict[str, Te
         if block != runner.blocks[-1]:
             hidden = runner.forward(block, hidden, {})
     return grams
+
+
+def moments(
+    models: Sequence[Source],
+    text: Windows,
+    folder: Path,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+) -> Mapping[str, Tensor]:
+    """What layers read in all models of the same text, together: mean of x x^T, by tensor.
+
+    With x what a layer reads in the first model, in the second and so on, and 1 behind.  The models
+    go through the text side by side, a batch at a time.  Layers that lie in a tensor with others,
+    or across, are left out.
+
+    Args:
+        models: The models, of one architecture.
+        text: What all of them are shown.
+        folder: Where the file is put.
+        progress: Is told of each block.
+        trust_remote_code: Let checkpoints bring their own Python.
+    """
+    found = [structure(one) for one in models]
+    runners = [
+        Runner(one, inside, trust_remote_code=trust_remote_code)
+        for one, inside in zip(models, found, strict=True)
+    ]
+    hidden = [runner.start(text.ids) for runner in runners]
+    plain = [
+        one
+        for one in found[0].layers.values()
+        if one.expert is None and one.layout != "conv1d" and one.tensor == f"{one.name}.weight"
+    ]
+    blocks = runners[0].blocks
+    progress.stage("moments", len(blocks))
+    made: dict[str, Tensor] = {}
+    for block in blocks:
+        inside = [one for one in plain if runners[0].whole or one.block == block]
+        groups = by_input(inside)
+        joint = _joint(runners, block, {group[0].name: group[0].width for group in groups.values()},
+                       hidden)  # fmt: skip
+        made |= {one.tensor: joint[group[0].name].clone() for group in groups.values()
+                 for one in group}  # fmt: skip
+        if block != blocks[-1]:
+            hidden = [one.forward(block, h, {}) for one, h in zip(runners, hidden, strict=True)]
+        progress.step(block)
+    file = folder / "moments.safetensors"
+    save_file(made, file)
+    return _Stored(open_checkpoint(file))
+
+
+def _joint(
+    runners: Sequence[Runner], block: str, widths: Mapping[str, int], hidden: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Mean products of what each layer reads in all models, and 1; float32."""
+    seen = [{name: _Batch() for name in widths} for _ in runners]
+    ways = [
+        runner.carry(block, h, {}, watching)
+        for runner, h, watching in zip(runners, hidden, seen, strict=True)
+    ]
+    sizes = {name: len(runners) * width + 1 for name, width in widths.items()}
+    totals = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in sizes.items()}
+    counts = dict.fromkeys(widths, 0)
+    for _ in zip(*ways, strict=True):
+        for name, total in totals.items():
+            parts = [watching[name].taken() for watching in seen]
+            joined = torch.cat([*parts, torch.ones(len(parts[0]), 1)], dim=1).double()
+            total.add_(joined.T @ joined)
+            counts[name] += len(joined)
+    return {name: (one / max(counts[name], 1)).float() for name, one in totals.items()}
+
+
+class _Batch:
+    """Keeps what a layer reads until it is taken."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def see(self, inputs: Tensor) -> None:
+        """Take in a batch of inputs, (tokens, in)."""
+        self._parts.append(inputs.float().cpu())
+
+    def taken(self) -> Tensor:
+        """All since the last time."""
+        found = torch.cat(self._parts)
+        self._parts.clear()
+        return found
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file, read when they are asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.tensors)
+
+    def __len__(self) -> int:
+        return len(self._source.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source.tensors
 
 
 def _fishers(source: Source, ids: Tensor, trust_remote_code: bool) -> dict[str, Tensor]:

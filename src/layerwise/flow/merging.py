@@ -22,6 +22,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.keeping.staging import arrange, check_target, stage
 from layerwise.core.merging.blend import Blend, Rule, lay_out, to_yaml
 from layerwise.core.merging.mix import Given, Mixer, mix
+from layerwise.core.merging.signatures import Patched, is_signature, read_signature
 from layerwise.core.packing import raw_bytes
 from layerwise.core.progress import Progress
 from layerwise.core.reading.assembled import Assembled
@@ -38,15 +39,18 @@ from layerwise.core.reading.symmetry import symmetries
 from layerwise.core.reading.text import Text
 from layerwise.core.telling.merged import Barrier, Fit, Merge, Score
 from layerwise.flow.fitting import fit
-from layerwise.flow.gathering import gathered, shown, texts_of
+from layerwise.flow.gathering import gathered, moments, shown, texts_of
 from layerwise.flow.identity import merge_identity
 from layerwise.flow.judging import Judge, Loss, judge_of
 from layerwise.flow.preparing import check_disk
+from layerwise.flow.repairing import batch_statistics
 
 # Points between two models at which a barrier is looked for, both ends included.
 POINTS = 5
 # Beyond so many models the ways between every two of them are too many to look at.
 _MOST_PAIRED = 4
+# What models show of a calibration text.
+_FROM_TEXT = frozenset({"grams", "fishers", "moments"})
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +73,7 @@ class Wanted:
         fit: Text that coefficients are found on; None takes them as they are given.
         fit_evaluations: Most models that are tried for that.
         loss: What a module in memory loses, instead of texts.
+        norms: Inputs that statistics of the result's batch norms are estimated again on.
         sliced: Models have only some of the layers, and that is no news.
     """
 
@@ -86,6 +91,7 @@ class Wanted:
     fit: Text | None = None
     fit_evaluations: int = 200
     loss: Loss | None = None
+    norms: torch.Tensor | None = None
     sliced: bool = False
 
 
@@ -122,8 +128,8 @@ def merge(
     method = catalogue.get(f"merge/{wanted.blend.method if wanted.blend else wanted.method}")
     _check_needs(method, len(models), base, wanted)
     memory.settle()
-    given = [_opened(one) for one in models]
     ground = None if base is None else _opened(base)
+    given = [_opened(one, ground) for one in models]
     weights = _given_weights(wanted, len(given))
     found = parents(given, ground, missing=wanted.missing, align=wanted.align, beside=weights)
     blend = wanted.blend or lay_out(method.name, wanted.rules, list(found.tensors), len(given))
@@ -152,11 +158,14 @@ def merge(
         if wanted.fit is not None and fitting is not None and "loss" not in method.evidence:
             with Mixer(found, blend, evidence) as mixer:
                 blend, fitted = fit(mixer, *fitting, wanted.fit_evaluations, progress)
-        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(evidence)]
+        mixer = open_.enter_context(Mixer(found, blend, evidence))
+        if wanted.norms is not None:
+            mixer.given = replace(evidence, instead=_statistics(mixer, wanted.norms))
+        first = found.given.index(0) if "first" in method.evidence else -1
+        asked = [str(dtype), wanted.missing, wanted.align, _digest_of(mixer.given), first]
         identity = merge_identity(found, blend, asked)
         staging = open_.enter_context(stage(target, arrangement, identity, restart=restart))
-        with Mixer(found, blend, evidence) as mixer:
-            rows = mix(mixer, staging, outputs, progress)
+        rows = mix(mixer, staging, outputs, progress)
         labels = [one.label for one in given]
         base_label = ground.label if ground else ""
         staging.add(_small_files(found, dtype, recipe or {}))
@@ -229,16 +238,40 @@ def _evidence(
     loss = None
     if "loss" in words and fitting is not None:
         loss = functools.partial(_tried, fitting[0])
-    if not words & {"grams", "fishers"}:
-        return Given(loss=loss, symmetries=_symmetries(words, found))
+    known = Given(loss=loss, symmetries=_symmetries(words, found))
+    if not words & _FROM_TEXT:
+        return known
+    if "moments" in words:
+        return replace(known, moments=_moments(found, wanted, folder, progress, trust_remote_code))
     texts = found.ordered(texts_of(found.models, wanted.calibration))
     seen = [
         shown(one, text, wanted.samples, wanted.length)
         for one, text in zip(found.models, texts, strict=True)
     ]
     what = "grams" if "grams" in words else "fishers"
-    kept = gathered(what, found.models, seen, folder, progress, trust_remote_code=trust_remote_code)
-    return Given(grams=kept) if what == "grams" else Given(fishers=kept)
+    made = gathered(what, found.models, seen, folder, progress, trust_remote_code=trust_remote_code)
+    return replace(known, grams=made) if what == "grams" else replace(known, fishers=made)
+
+
+def _moments(
+    found: Parents, wanted: Wanted, folder: Path, progress: Progress, trust_remote_code: bool
+) -> Mapping[str, torch.Tensor]:
+    """What layers of all models read of one text, together."""
+    if len(wanted.calibration) != 1:
+        raise UserError(
+            f"{len(wanted.calibration)} calibration texts were given, and all models are to answer "
+            "to the same one.",
+            "Give one.",
+        )
+    text = shown(found.described, wanted.calibration[0], wanted.samples, wanted.length)
+    return moments(found.models, text, folder, progress, trust_remote_code=trust_remote_code)
+
+
+def _statistics(mixer: Mixer, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Statistics of the batch norms of what is made; all of it is in memory meanwhile."""
+    infos = mixer.found.tensors.items()
+    made = {name: mixer.tensor(name) for name, info in infos if info.dtype.is_floating_point}
+    return batch_statistics(mixer.found.described, made, inputs)
 
 
 def _symmetries(words: set[str], found: Parents) -> Any:
@@ -258,10 +291,25 @@ def _digest_of(evidence: Given) -> str:
     for source in [*evidence.grams, *evidence.fishers]:
         for name in source.tensors:
             digest.update(name.encode() + bytes(raw_bytes(source.read(name))))
+    for name, one in [*evidence.moments.items(), *evidence.instead.items()]:
+        digest.update(name.encode() + bytes(raw_bytes(one)))
     return digest.hexdigest()
 
 
-def _opened(model: str | Path | nn.Module | Source) -> Source:
+def _opened(model: str | Path | nn.Module | Source, base: Source | None = None) -> Source:
+    """A model; a signature is the base with what it adds.
+
+    Raises:
+        UserError: A signature has no base to be added to.
+    """
+    if isinstance(model, str | Path) and is_signature(Path(model)):
+        if base is None:
+            raise UserError(
+                f"{model} is a signature, and there is no model to add it to.",
+                "Give that model with --base, and a merge that adds differences: "
+                "--method task_arithmetic --task_arithmetic-scale 1.",
+            )
+        return Patched(base, read_signature(Path(model)))
     if isinstance(model, str | Path | nn.Module):
         return open_source(model)
     return model
@@ -286,7 +334,7 @@ def _check_needs(method: catalogue.Method, models: int, base: Any, wanted: Wante
         raise UserError(
             f"{method.id} needs the model that the others were tuned from.", "Give it with --base."
         )
-    text = {"grams", "fishers"} & set(method.evidence)
+    text = _FROM_TEXT & set(method.evidence)
     if text and not wanted.calibration and wanted.loss is None:
         raise UserError(
             f"{method.id} learns from what each model sees of a text, and none was given.",

@@ -5,7 +5,7 @@ import math
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.verbs import merger
 from layerwise.merge._differences import share_of_all
 
@@ -13,7 +13,14 @@ from layerwise.merge._differences import share_of_all
 _STRAIGHT = 0.9995
 
 
-@merger(Paper("Animating Rotation with Quaternion Curves", 1985), rows="entry")
+@merger(
+    Paper("Animating Rotation with Quaternion Curves", 1985),
+    rows="entry",
+    claims=(
+        Claim("ingredients", "digits-specialists/merge", {}, 0.18,
+              "card 920: 7 points above the mean of two specialists on the pictures of both"),
+    ),
+)  # fmt: skip
 def slerp(
     models: Float[Tensor, "2 ..."],
     shares: Float[Tensor, " 2"],

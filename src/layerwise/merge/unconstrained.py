@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from layerwise.core.catalogue import Paper
+from layerwise.core.catalogue import Claim, Paper
 from layerwise.core.errors import UserError
 from layerwise.core.verbs import merger
 from layerwise.merge._states import Made, layers_of
@@ -22,11 +22,15 @@ State = Mapping[str, Tensor]
 
 @merger(
     Paper("Unconstrained Model Merging for Enhanced LLM Reasoning", 2024, "2410.13699"),
+    claims=(
+        Claim("one", "digits-experts-searched/merge", {}, 0.029,
+              "card 034: one point (of 34, with a weak base) above the best scale for all layers"),
+    ),
     exempt={
         "ignores_the_order_of_models": "what is drawn is drawn for a model's place; a merge of "
         "files puts models in an order of their own first"
     },
-)
+)  # fmt: skip
 def unconstrained(
     networks: Sequence[State],
     origin: State,

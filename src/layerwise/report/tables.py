@@ -9,6 +9,7 @@ from rich.text import Text
 
 from layerwise import export
 from layerwise.core.catalogue import Method
+from layerwise.core.merging.signatures import Signature
 from layerwise.core.plan import Plan
 from layerwise.core.reading.checkpoint import Source
 from layerwise.core.reading.structure import Structure
@@ -350,6 +351,19 @@ def claims_table(verdicts: Sequence["Verdict"]) -> Table:
             verdict.verdict,
         )
     return table
+
+
+def signature_table(found: Signature) -> Group:
+    """How far apart the two models of a signature are, layer by layer, and what it holds."""
+    table = _table(("layer", "left"), ("apart", "right"), ("kept", "left"))
+    for layer, apart in found.apart.items():
+        kept = any(name.startswith(f"{layer}.") or name == layer for name in found.tensors)
+        table.add_row(layer, _number(apart), "yes" if kept else "")
+    numbers = sum(one.numel() for one in found.tensors.values())
+    bits = f", {found.bits} bits each" if found.bits else ""
+    return Group(
+        table, Text(f"{numbers} numbers{bits}: {found.size} bytes in {found.label or 'memory'}")
+    )
 
 
 def merge_table(done: Merge) -> Group:

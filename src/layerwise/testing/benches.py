@@ -19,10 +19,17 @@ import layerwise as lw
 from layerwise.core import catalogue
 from layerwise.testing.clients import clients_loss
 from layerwise.testing.digits import digits_loss
-from layerwise.testing.experts import experts_loss
+from layerwise.testing.experts import experts_loss, searched_loss
 from layerwise.testing.outliers import with_outliers
 from layerwise.testing.pictures import FILE as PICTURES_FILE
 from layerwise.testing.pictures import pictures_loss
+from layerwise.testing.relations import (
+    barrier_loss,
+    corrupted_loss,
+    shifted_loss,
+    soup_loss,
+    twins_loss,
+)
 
 ASSETS = "LAYERWISE_ASSETS"
 _TUNED = ("", "-ft-shakespeare", "-ft-wikitext")
@@ -203,7 +210,14 @@ def excess_loss(model: str, verb: str, name: str, options: Mapping[str, Any]) ->
 STUDIES: Mapping[str, _Study] = {
     "digits-mlp": _Study(lambda method, options: digits_loss(method, options["density"])),
     "digits-clients": _Study(clients_loss),
+    "digits-corrupted": _Study(corrupted_loss),
+    "digits-shifted": _Study(shifted_loss),
+    "digits-soup": _Study(functools.partial(soup_loss, "soup")),
+    "digits-specialists": _Study(functools.partial(soup_loss, "specialists")),
+    "digits-twins": _Study(twins_loss),
+    "digits-twins-barrier": _Study(barrier_loss),
     "digits-experts": _Study(experts_loss),
+    "digits-experts-searched": _Study(searched_loss),
     "digits-experts-unseen": _Study(functools.partial(experts_loss, unseen=True)),
     "mnist-vit": _Study(lambda method, said: pictures_loss(method, **said), PICTURES_FILE),
     "stories260k-tuned": _Study(tuned_loss, "models/stories260k"),

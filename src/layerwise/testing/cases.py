@@ -14,8 +14,8 @@ from layerwise.core.reading.symmetry import Symmetry
 _STEPS = 12
 MODELS = 3
 _MERGED = frozenset(
-    {"shares", "cuts", "products", "entries", "seeds", "grams", "fishers"}
-    | {"networks", "origin", "symmetries", "loss"}
+    {"shares", "cuts", "products", "entries", "seeds", "grams", "fishers", "moments"}
+    | {"networks", "origin", "symmetries", "loss", "first"}
 )
 TOKENS = 160  # fewer than a layer's 256 inputs: its gram is singular
 _WINDOWS, _VOCABULARY, _LATER = 4, 12, 3
@@ -156,10 +156,22 @@ def _merged(
         "grams": torch.stack(grams[: len(tuned)]),
         "fishers": differences.square() * float(inputs.abs().sum() > 0),
         "networks": [_network(one) for one in tuned],
+        "moments": {
+            "0.weight": _joint(inputs, len(tuned)),
+            "1.weight": _joint(inputs @ base.T, len(tuned)),
+        },
+        "first": 0,
         "origin": _network(base),
         "symmetries": (Symmetry("hidden", {"0.weight": 0, "0.bias": 0, "1.weight": 1}),),
         "loss": functools.partial(_far, _network(base)),
     }
+
+
+def _joint(inputs: Float[Tensor, "tokens in"], models: int) -> Float[Tensor, "all all"]:
+    """Mean products of what some models read, each a little different, and of 1."""
+    parts = [inputs + k / 10 * inputs.flip(1) for k in range(models)]
+    joined = torch.cat([*parts, torch.ones(len(inputs), 1)], dim=1)
+    return joined.T @ joined / len(inputs)
 
 
 def _network(weight: Float[Tensor, "out in"]) -> dict[str, Tensor]:

@@ -109,3 +109,54 @@ def pictures(kind: tuple[str, float], *, train: bool) -> tuple[Tensor, Tensor]:
         images = np.roll(images, int(amount), axis=2 if what == "right" else 1)
     flat = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)).reshape(-1, 64)
     return flat, torch.from_numpy(np.asarray(classes[part], dtype=np.int64))
+
+
+# Pictures of each task that coefficients are chosen on; the others of the test pictures judge.
+_CHOSEN_ON = 60
+_SCALES = [n / 20 for n in range(1, 31)]
+
+
+def searched_loss(method: str, options: Mapping[str, Any]) -> float:
+    """Error rate over the three tasks of a merge whose coefficients were chosen on 60 of each.
+
+    Args:
+        method: The merge that searches, or `one` for the best of 30 scales of task arithmetic that
+            are the same for all models and layers.
+        options: The merge's.
+    """
+    total = 0.0
+    for seed in range(SEEDS):
+        base, experts = trained(seed)
+        shown = [pictures(kind, train=False) for kind in _TASKS]
+
+        def loss(model: nn.Module, shown: Sequence[tuple[Tensor, Tensor]] = shown) -> float:
+            with torch.no_grad():
+                parts = [
+                    functional.cross_entropy(model(x[:_CHOSEN_ON]), y[:_CHOSEN_ON])
+                    for x, y in shown
+                ]
+            return float(sum(parts)) / len(parts)
+
+        if method == "one":
+            tried = [_scaled(base, experts, scale) for scale in _SCALES]
+            model: nn.Module = min(tried, key=loss)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out"
+                api.merge(experts, out, base=base, method=method, options=options, loss=loss)
+                model = api.load(out, into=base)
+        missed = [(model(x).argmax(dim=1) != y)[_CHOSEN_ON:].float().mean() for x, y in shown]
+        total += float(sum(missed)) / len(missed)
+    return total / SEEDS
+
+
+def _scaled(base: nn.Module, experts: Sequence[nn.Module], scale: float) -> nn.Module:
+    made = copy.deepcopy(base)
+    states = [one.state_dict() for one in experts]
+    made.load_state_dict(
+        {
+            name: one + scale * sum(state[name] - one for state in states)
+            for name, one in base.state_dict().items()
+        }
+    )
+    return made

@@ -44,12 +44,16 @@ class Given:
         fishers: For each model mean squared gradients, under the names of its tensors.
         loss: What a model with such tensors loses.
         symmetries: What can be permuted without changing the function.
+        moments: By tensor of a layer, mean products of all that it reads in all models.
+        instead: Tensors of the result that are known already, and not merged.
     """
 
     grams: Sequence[Source] = ()
     fishers: Sequence[Source] = ()
     loss: Callable[[State], float] | None = None
     symmetries: Any = None
+    moments: State = field(default_factory=dict[str, Tensor])
+    instead: State = field(default_factory=dict[str, Tensor])
 
 
 @dataclass
@@ -97,6 +101,8 @@ class Mixer:
             "origin": None if self.found.base is None else _Held(self, self.found.base),
             "symmetries": self.given.symmetries,
             "loss": self.given.loss,
+            "moments": self.given.moments,
+            "first": self.found.given.index(0),
             "shares": self._shares(next(iter(self.blend.settings.values())), self._all),
         }
         options = next(iter(self.blend.settings.values())).options
@@ -124,7 +130,9 @@ class Mixer:
             UserError: A model holds NaN or infinity.
         """
         method, setting = self.blend.merger, setting or self.blend.settings[name]
-        if "networks" in method.evidence:
+        if name in self.given.instead:
+            yield from self._cut(name, self.given.instead[name].float().reshape(-1))
+        elif "networks" in method.evidence:
             merged = self.state[name].float().reshape(-1)
             yield from self._cut(name, merged)
         elif method.rows == "entry":
@@ -441,6 +449,9 @@ def _write(mixer: Mixer, info: TensorInfo, staging: Staging) -> MergedRow:
     distances, from_base = sums.relative()
     back = {place: n for n, place in enumerate(found.given)}
     absent = [one.label for one in found.absent.get(info.name, ())]
+    note = f"not in {', '.join(absent)}" if absent else ""
+    if info.name in mixer.given.instead:
+        note = "taken anew of the result"
     return MergedRow(
         info.name,
         list(info.shape),
@@ -450,7 +461,7 @@ def _write(mixer: Mixer, info: TensorInfo, staging: Staging) -> MergedRow:
         dict(setting.options),
         [distances[back[place]] for place in range(len(back))],
         from_base if found.base is not None else None,
-        f"not in {', '.join(absent)}" if absent else "",
+        note,
     )
 
 

@@ -141,7 +141,7 @@ def structure(source: Source) -> Structure:
             "matrix inside a block.",
             "Give the checkpoint of a whole model.",
         )
-    order = sorted(layers.values(), key=lambda layer: (_natural(layer.block), _natural(layer.name)))
+    order = sorted(layers.values(), key=lambda layer: (natural(layer.block), natural(layer.name)))
     return Structure({layer.name: layer for layer in order}, left, facts)
 
 
@@ -213,6 +213,6 @@ def block_of(module: str) -> str:
     return found[1] if found else ""
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sort key in which 10 comes after 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -121,6 +121,8 @@ def _turned(given: Mapping[str, Any]) -> dict[str, Any]:
             made[word] = list(one)[::-1]
     if "products" in given:
         made["products"] = given["products"].flip(0, 1)
+    if "first" in given:
+        made["first"] = len(given["networks"]) - 1 - given["first"]
     return made
 
 

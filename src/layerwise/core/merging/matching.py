@@ -47,6 +47,23 @@ def matched(
     return found
 
 
+def likenesses(
+    first: State,
+    second: State,
+    symmetries: Sequence[Symmetry],
+    found: Mapping[str, Int64[Tensor, " _"]],
+) -> dict[str, Float64[Tensor, " _"]]:
+    """How alike each unit of the first network is to the one that takes its place."""
+    made: dict[str, Tensor] = {}
+    for one in symmetries:
+        others = [other for other in symmetries if other is not one]
+        order = found[one.name]
+        made[one.name] = _likeness(first, second, one, others, found)[
+            torch.arange(len(order)), order
+        ]
+    return made
+
+
 def _likeness(
     first: State,
     second: State,
