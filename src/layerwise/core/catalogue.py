@@ -87,6 +87,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "skipped": "calibration",
         "frozen": "calibration",
         "ids": "calibration",  # (windows, length), the tokens of those windows
+        # (windows, heads, length, length), a block's attention, rows of it sum to 1, on windows of
+        # tokens drawn at random, no two alike, and then the same tokens once more.
+        "echoes": "calibration",
         # (later, windows, length): how far what each later block adds to the stream changes when
         # the block is `skipped` or `frozen`, as a share of what it adds else.
         "skip_effects": "calibration",

@@ -1,6 +1,6 @@
-"""Evidence of a model and another, and of a model and itself disturbed."""
+"""Evidence of a model and another, and of a model on what is not the calibration text itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.running.apply import check_finite
 from layerwise.core.running.carried import Activations, Shelf
 from layerwise.core.running.curvature import Curvature
+from layerwise.core.running.evidence import AttentionMaps
 from layerwise.core.running.fisher import answered, foretells, loss_gradient
 from layerwise.core.running.runner import Runner
 from layerwise.core.running.tangents import tangents
@@ -26,7 +27,7 @@ from layerwise.flow.preparing import Prepared
 # Evidence by word, and then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
 # What no walk through one model shows.
-BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents"}
+BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents", "echoes"}
 
 # Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
 # point.
@@ -39,6 +40,8 @@ DISTURBANCE = 0.05
 TANGENT_WINDOWS = 16
 # Tokens (or pictures) that the Hessian is found on.
 CURVATURE_TOKENS = 512
+# Windows of tokens that come twice, and the most tokens of each: attention is held of all pairs.
+ECHO_WINDOWS, ECHO_TOKENS = 16, 64
 
 
 def check_pair(source: Source, base: Source, found: Structure) -> None:
@@ -86,21 +89,21 @@ def evidence_for(
         told["base"] = _Weights(base, prepared.found)
     if runner is None or text is None:
         return told
-    if "disturbed" in words:
-        told["disturbed"] = _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf)
-    if "hessian" in words:
-        layers = prepared.found.layers
-        told["hessian"] = Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS))
-    few = text.ids[:TANGENT_WINDOWS]
-    if "tangents" in words:
-        told["tangents"] = tangents(runner, prepared.found.layers, few, shelf)
+    layers, few = prepared.found.layers, text.ids[:TANGENT_WINDOWS]
+    alone: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+        "disturbed": lambda: _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf),
+        "echoes": lambda: _Echoes(runner.anew(), _echoed(runner, text.ids), shelf),
+        "hessian": lambda: Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS)),
+        "tangents": lambda: tangents(runner, layers, few, shelf),
+    }
+    told |= {word: gather() for word, gather in alone.items() if word in words}
     if base is not None and words & PAIRED - {"base"}:
         other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
         if "base_outputs" in words:
             start = shelf.keep("base", other.starting(text.ids), len(text.ids))
             told["base_outputs"] = _Stream(other, start, "base", shelf)
         if "base_tangents" in words:
-            told["base_tangents"] = tangents(other, prepared.found.layers, few, shelf)
+            told["base_tangents"] = tangents(other, layers, few, shelf)
         if words & {"ends", "path", "growing_path"}:
             between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
             told |= between.evidence(words, progress)
@@ -144,19 +147,64 @@ class _Stream(Mapping[str, Tensor]):
         self._after = start
 
     def __getitem__(self, block: str) -> Tensor:
+        return self.to(block)[:].flatten(0, -2)
+
+    def to(self, block: str, maps: AttentionMaps | None = None) -> Activations:
+        """What comes out of a block, whose attention is shown to `maps`."""
         place = self.runner.blocks.index(block)
         assert place >= self._done, "blocks come in their order"
         for name in self.runner.blocks[self._done + 1 : place + 1]:
-            parts, count = self.runner.carry(name, self._after, {}), len(self._after)
-            self._after = self._shelf.keep(self._name, parts, count, self._after)
+            watching = maps if name == block else None
+            parts = self.runner.carry(name, self._after, {}, attention=watching)
+            self._after = self._shelf.keep(self._name, parts, len(self._after), self._after)
         self._done = place
-        return self._after[:].flatten(0, -2)
+        return self._after
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.runner.blocks)
 
     def __len__(self) -> int:
         return len(self.runner.blocks)
+
+
+class _Echoes(Mapping[str, Tensor]):
+    """What blocks attend to in some windows, to be asked for in their order."""
+
+    def __init__(self, runner: Runner, ids: Tensor, shelf: Shelf) -> None:
+        start = shelf.keep("echoes", runner.starting(ids), len(ids))
+        self._stream = _Stream(runner, start, "echoes", shelf)
+
+    def __getitem__(self, block: str) -> Tensor:
+        maps = AttentionMaps(block)
+        self._stream.to(block, maps)
+        return maps.maps()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+
+def _echoed(runner: Runner, ids: Tensor) -> Tensor:
+    """Windows of the text's tokens in an order drawn at random, each window twice over.
+
+    Raises:
+        UserError: The model reads no tokens, or the text has too few that are unlike.
+    """
+    of_tokens = ids.dim() == 2 and not ids.is_floating_point()
+    known = ids.unique() if of_tokens else ids[:0].flatten()
+    half = min(ECHO_TOKENS, len(known), ids.shape[-1] // 2)
+    if half < 2:
+        raise UserError(
+            f"{runner.source.label} was shown no text of tokens that could come twice.",
+            "Give a longer text, or use a measure that needs none, such as lim.",
+        )
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        known[torch.randperm(len(known), generator=generator)[:half]] for _ in range(ECHO_WINDOWS)
+    ]
+    return torch.stack(drawn).repeat(1, 2)
 
 
 def _disturbed(runner: Runner, ids: Tensor) -> Tensor:

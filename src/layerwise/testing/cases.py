@@ -96,6 +96,7 @@ def evidence(
         "ids": torch.randint(_VOCABULARY, (_WINDOWS, length), generator=noise),
         "skip_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
         "freeze_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
+        "echoes": _causal(_WINDOWS, 3, 12, noise),
         "states": inputs[:_EXAMPLES] + _marks(labels, weight.shape[1]) * seen,
         "labels": labels,
         "scores": torch.tensor([0.5, 2.0, 0.0, 1.0]),
@@ -226,6 +227,15 @@ def _attention(
     products = queries @ keys.repeat_interleave(2, dim=1).transpose(2, 3)  # (2, 4, in, in)
     attentions = (products / rows**0.5).softmax(dim=-1)
     return {"queries": queries, "keys": keys, "attentions": attentions}
+
+
+def _causal(
+    windows: int, heads: int, length: int, noise: torch.Generator
+) -> Float[Tensor, "windows heads length length"]:
+    """Attention of tokens to those before them and to themselves."""
+    scores = torch.randn(windows, heads, length, length, generator=noise)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return scores.where(seen, -torch.inf).softmax(dim=-1)
 
 
 def _answers(noise: torch.Generator, seen: bool) -> dict[str, list[Tensor]]:

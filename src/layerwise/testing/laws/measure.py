@@ -14,7 +14,7 @@ from layerwise.testing import cases
 # Evidence with one row per token.
 _TOKENS = ("inputs", "outputs", "disturbed", "base_outputs", "positions", "updates")
 # Evidence of windows, and the axis along which they lie.
-_WINDOWS = {"ids": 0, "skip_effects": 1, "freeze_effects": 1}
+_WINDOWS = {"ids": 0, "skip_effects": 1, "freeze_effects": 1, "echoes": 0}
 _ANSWERS = ("answers", "lens", "removed", "skipped", "frozen")
 # What evidence is of a block that does nothing.
 _IDLE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
