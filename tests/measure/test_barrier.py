@@ -92,6 +92,7 @@ def test_all_measures_take_the_other_model_with_them(pair):
     assert {"rotation", "displacement", "alignment", "barrier"} <= found.scores.keys()
     assert "rotation" in lw.inspect(ours, **SHOWN).left_out
     assert "by name" in found.left_out["sharpness"]
+    assert "by name" in found.left_out["mode_connectivity"]
 
 
 def test_another_architecture_is_refused(llama, make_llama, tmp_path):

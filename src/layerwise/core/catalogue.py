@@ -74,6 +74,9 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "ends": "calibration",
         "path": "calibration",
         "growing_path": "calibration",
+        # Of a curve that was trained between both: its middle, (out, in); its loss, (points,).
+        "bend": "calibration",
+        "curve": "calibration",
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
@@ -125,7 +128,11 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
     }
 )
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
-PAIRED = frozenset({"base", "base_outputs", "base_tangents", "ends", "path", "growing_path"})
+PAIRED = frozenset(
+    {"base", "base_outputs", "base_tangents", "ends", "path", "growing_path", "bend", "curve"}
+)
+# Evidence that takes running the whole model many times.
+LONG = frozenset({"hessian", "bend", "curve"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = (

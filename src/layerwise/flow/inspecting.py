@@ -163,8 +163,8 @@ def _allowed(
 
 def _refusal(method: catalogue.Method, source: Source, texts: Texts, base: Source | None) -> str:
     """Why a measure cannot be had; "" if it can, as far as is known before the model runs."""
-    if "hessian" in method.evidence:
-        return "it runs the whole model many times for each layer; ask for it by name"
+    if catalogue.LONG.intersection(method.evidence):
+        return "it runs the whole model many times; ask for it by name"
     if base is None and catalogue.PAIRED.intersection(method.evidence):
         return "it compares with another model, and none was given (--against BASE)"
     if method.calibrated and calibration_text(source, texts) is None:

@@ -17,6 +17,7 @@ from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.running.apply import check_finite
 from layerwise.core.running.carried import Activations, Shelf
 from layerwise.core.running.curvature import Curvature
+from layerwise.core.running.curve import along, bent
 from layerwise.core.running.evidence import AttentionMaps
 from layerwise.core.running.fisher import answered, foretells, loss_gradient
 from layerwise.core.running.runner import Runner
@@ -34,6 +35,8 @@ BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents", "echoes"}
 PATH_TOKENS = 2048
 # Shares of the other model at which the loss is found.
 POINTS = (0.0, 0.5, 1.0)
+# Batches in which a curve between two models learns from those tokens.
+CURVE_PARTS = 16
 # Size of the noise on embeddings, as a share of theirs.
 DISTURBANCE = 0.05
 # Windows that tangent kernels are of: each answers in a few directions, and all pairs are held.
@@ -104,9 +107,11 @@ def evidence_for(
             told["base_outputs"] = _Stream(other, start, "base", shelf)
         if "base_tangents" in words:
             told["base_tangents"] = tangents(other, layers, few, shelf)
+        between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
         if words & {"ends", "path", "growing_path"}:
-            between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
             told |= between.evidence(words, progress)
+        if words & {"bend", "curve"}:
+            told |= between.bent()
     return told
 
 
@@ -272,6 +277,51 @@ class _Between:
         if "growing_path" in words:
             told["growing_path"] = paths(blocks)
         return told
+
+    def bent(self) -> Told:
+        """A curve that is trained between both models, and the loss on it."""
+        layers, source = self.prepared.found.layers, self.prepared.source
+        names = self.runner.alone()
+        if norm := next((name for name in names if name.endswith("running_var")), ""):
+            raise UserError(
+                f"{source.label} has batch norms ({norm}), whose statistics are not known on a "
+                "curve between two models.",
+                "Measure the straight way, of one layer at a time (barrier).",
+            )
+        if left := next((one.name for one in layers.values() if one.tensor not in names), ""):
+            raise UserError(
+                f"{left} is one of several tensors that the model joins, which no curve is made "
+                "of.",
+                "Measure the straight way, of one layer at a time (barrier).",
+            )
+        ends = [
+            {name: one.read(name).float() for name in names} for one in (source, self.other.source)
+        ]
+        answer, count = self.runner.block_answer("", {}), len(self.ids)
+        truth: Tensor | None = None
+
+        def loss(network: Mapping[str, Tensor], part: Tensor) -> Tensor:
+            shown = self.ids[part]
+            logits = answer(shown, network).float()
+            if truth is not None:
+                return functional.cross_entropy(logits.flatten(0, -2), truth[part].flatten())
+            scored, chosen = answered(self.runner, logits, shown)
+            return functional.cross_entropy(scored, chosen)
+
+        with torch.no_grad():
+            if not foretells(self.runner, answer(self.ids[:1], ends[0]), self.ids[:1]):
+                both = [answer(self.ids, end).float().log_softmax(dim=-1) for end in ends]
+                truth = (both[0] + both[1]).argmax(dim=-1)
+        batch = max(1, count // CURVE_PARTS)
+        middle = bent(loss, *ends, count, batch=batch)
+        losses = along(loss, (ends[0], middle, ends[1]), count, batch=batch)
+        found = torch.tensor(losses, dtype=torch.float64)
+        return {
+            "bend": {
+                name: one.matrix(middle[one.tensor]).contiguous() for name, one in layers.items()
+            },
+            "curve": dict.fromkeys(layers, found),
+        }
 
     def _theirs(self) -> Activations:
         """The windows after the other model's last block."""

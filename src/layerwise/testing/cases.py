@@ -112,6 +112,8 @@ def evidence(
         "ends": torch.tensor([1.0, 1.5]),
         "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
+        "bend": weight.float(),
+        "curve": torch.tensor([1.0, 1.3, 1.4, 1.2, 1.1]),
         "hessian": functools.partial(_curved, inputs),
         "models": together,
         "columns": weight.float().norm(dim=0),  # (in,)

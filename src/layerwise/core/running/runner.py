@@ -317,6 +317,14 @@ class Runner:
 
         return answer
 
+    def alone(self) -> list[str]:
+        """The tensors of the source that are parameters or statistics by themselves."""
+        return [
+            parts[0]
+            for parts in self._names.tensors.values()
+            if len(parts) == 1 and self.source.tensors[parts[0]].dtype.is_floating_point
+        ]
+
     def backward(
         self,
         block: str,
