@@ -71,6 +71,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         # of both, (2,); and that of the first, (points,), while a layer alone, or a block and all
         # before it, goes to the other's in even steps.
         "base_outputs": "calibration",
+        "base_states": "calibration",  # the same of each block of the other, which may be deeper
         "ends": "calibration",
         "path": "calibration",
         "growing_path": "calibration",
@@ -93,6 +94,10 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         # (windows, heads, length, length), a block's attention, rows of it sum to 1, on windows of
         # tokens drawn at random, no two alike, and then the same tokens once more.
         "echoes": "calibration",
+        # (windows, length - 1), what each token of the block's input brings to the answer.
+        "attributions": "calibration",
+        # Log-probabilities as above, with one token of the block's input erased.
+        "erased": "calibration",
         # (later, windows, length): how far what each later block adds to the stream changes when
         # the block is `skipped` or `frozen`, as a share of what it adds else.
         "skip_effects": "calibration",
@@ -129,10 +134,13 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 )
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
 PAIRED = frozenset(
-    {"base", "base_outputs", "base_tangents", "ends", "path", "growing_path", "bend", "curve"}
+    {"base", "base_outputs", "base_states", "base_tangents"}
+    | {"ends", "path", "growing_path", "bend", "curve"}
 )
+# What a model of other layers can give, too.
+UNLIKE = frozenset({"base_states"})
 # Evidence that takes running the whole model many times.
-LONG = frozenset({"hessian", "bend", "curve"})
+LONG = frozenset({"hessian", "bend", "curve", "attributions"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = (

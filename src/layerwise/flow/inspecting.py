@@ -77,10 +77,12 @@ def look(
         UserError: A measure that was named, or the truth, cannot be had of this model.
     """
     wanted = wish.fitted(found)
-    if base is not None:
-        check_pair(source, base, found)
     every = list(asked.measures) == [ALL]
     methods, left_out = _allowed(source, texts, base) if every else (_named(asked.measures), {})
+    pairs = {word for method in methods for word in catalogue.PAIRED & set(method.evidence)}
+    # Only what looks at layers of both asks that both have the same.
+    if base is not None and pairs - catalogue.UNLIKE:
+        check_pair(source, base, found)
     levels = _levels(methods, asked, wanted)
     steps = [catalogue.get(id) for level in levels for id, _ in level.steps]
     proof = "auto" if asked.truth else "none"

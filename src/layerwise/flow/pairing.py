@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.catalogue import PAIRED
+from layerwise.core.catalogue import PAIRED, UNLIKE
 from layerwise.core.errors import UserError
 from layerwise.core.progress import Progress
 from layerwise.core.reading.checkpoint import Source
-from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.reading.structure import Layer, Structure, structure
+from layerwise.core.running.ablation import ABLATED_WINDOWS, Answers
 from layerwise.core.running.apply import check_finite
 from layerwise.core.running.carried import Activations, Shelf
 from layerwise.core.running.curvature import Curvature
 from layerwise.core.running.curve import along, bent
 from layerwise.core.running.evidence import AttentionMaps
-from layerwise.core.running.fisher import answered, foretells, loss_gradient
+from layerwise.core.running.fisher import answered, foretells, loss_gradient, seen_by_blocks
 from layerwise.core.running.runner import Runner
 from layerwise.core.running.tangents import tangents
 from layerwise.flow.apart import Apart
@@ -28,7 +29,7 @@ from layerwise.flow.preparing import Prepared
 # Evidence by word, and then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
 # What no walk through one model shows.
-BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents", "echoes"}
+BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents", "echoes", "erased", "attributions"}
 
 # Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
 # point.
@@ -43,6 +44,10 @@ DISTURBANCE = 0.05
 TANGENT_WINDOWS = 16
 # Tokens (or pictures) that the Hessian is found on.
 CURVATURE_TOKENS = 512
+# Tokens that a linear map to another model's blocks is found on; all its blocks' answers are held.
+MAP_TOKENS = 2048
+# Windows whose last token's probability is derived, and points on the way to each block's input.
+ATTRIBUTED_WINDOWS, ATTRIBUTED_STEPS = 4, 32
 # Windows of tokens that come twice, and the most tokens of each: attention is held of all pairs.
 ECHO_WINDOWS, ECHO_TOKENS = 16, 64
 
@@ -96,11 +101,15 @@ def evidence_for(
     alone: Mapping[str, Callable[[], Mapping[str, Any]]] = {
         "disturbed": lambda: _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf),
         "echoes": lambda: _Echoes(runner.anew(), _echoed(runner, text.ids), shelf),
+        "attributions": lambda: _Attributions(runner, text.ids[:ATTRIBUTED_WINDOWS], shelf),
+        "erased": lambda: _erased(runner, text.ids[:ABLATED_WINDOWS], shelf, progress),
         "hessian": lambda: Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS)),
         "tangents": lambda: tangents(runner, layers, few, shelf),
     }
     told |= {word: gather() for word, gather in alone.items() if word in words}
-    if base is not None and words & PAIRED - {"base"}:
+    if base is not None and "base_states" in words:
+        told["base_states"] = _states(prepared, base, some(text.ids, MAP_TOKENS), shelf)
+    if base is not None and words & PAIRED - UNLIKE - {"base"}:
         other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
         if "base_outputs" in words:
             start = shelf.keep("base", other.starting(text.ids), len(text.ids))
@@ -189,6 +198,78 @@ class _Echoes(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stream)
+
+
+def _states(prepared: Prepared, base: Source, ids: Tensor, shelf: Shelf) -> dict[str, list[Tensor]]:
+    """What each block of another model answers to some windows: the same for all blocks."""
+    runner = prepared.runner
+    assert runner is not None
+    found = structure(base)
+    other = Runner(base, found, device=str(runner.device), tokens=runner.tokens)
+    if other.vocabulary != runner.vocabulary:
+        raise UserError(
+            f"{base.label} knows {other.vocabulary} tokens and {prepared.source.label} "
+            f"{runner.vocabulary}, so that they do not read the same.",
+            "Compare with a model of the same tokenizer.",
+        )
+    seen = seen_by_blocks(other, ids, shelf)[1:]
+    states = [one[:].flatten(0, -2) for one in seen]
+    return dict.fromkeys(runner.blocks, states)
+
+
+def _erased(runner: Runner, ids: Tensor, shelf: Shelf, progress: Progress) -> dict[str, Answers]:
+    """What a model answers where one token of what a block is given is the mean of all."""
+
+    def begun(block: str, hidden: Activations) -> dict[str, Iterator[Tensor]]:
+        changed = hidden[:].clone()
+        changed[:, changed.shape[1] // 2] = changed.flatten(0, -2).mean(dim=0)
+        return {block: runner.carry(block, changed, {})}
+
+    carried = Apart(runner, ids, begun, shelf, progress)
+    outer = runner.outer()
+    return {name: Answers(runner, carried.of(name), ids, outer) for name in carried.names}
+
+
+class _Attributions(Mapping[str, Tensor]):
+    """What each token that a block is given brings to the last token's probability."""
+
+    def __init__(self, runner: Runner, ids: Tensor, shelf: Shelf) -> None:
+        self.runner = runner
+        self.ids = ids
+        self._seen = seen_by_blocks(runner, ids, shelf)
+
+    def __getitem__(self, block: str) -> Tensor:
+        place = self.runner.blocks.index(block)
+        given = self._seen[place][:].float()  # (windows, length, width)
+        middle = given.mean(dim=1, keepdim=True)
+        found = torch.zeros(given.shape[:2], dtype=torch.float64)
+        for step in range(ATTRIBUTED_STEPS):
+            here = middle.lerp(given, (step + 0.5) / ATTRIBUTED_STEPS)
+            slope = self._slope(place, here)
+            found += ((given - middle) * slope).sum(dim=-1, dtype=torch.float64)
+        return found[:, :-1] / ATTRIBUTED_STEPS
+
+    def _slope(self, place: int, hidden: Tensor) -> Tensor:
+        """The gradient of the probability with respect to what a block is given."""
+        seen = [hidden]
+        for block in self.runner.blocks[place:]:
+            seen.append(self.runner.forward(block, seen[-1], {}))
+        gradient = self.runner.gradient(seen.pop(), self.ids, _chance)
+        for block in reversed(self.runner.blocks[place:]):
+            gradient = self.runner.backward(block, seen.pop(), gradient, {})
+        return gradient
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.runner.blocks)
+
+    def __len__(self) -> int:
+        return len(self.runner.blocks)
+
+
+def _chance(logits: Tensor, ids: Tensor) -> Tensor:
+    """The probability of each window's last token, summed."""
+    told = logits[:, -2].float().softmax(dim=-1)
+    return told.gather(1, ids[:, -1:].to(told.device)).sum()
 
 
 def _echoed(runner: Runner, ids: Tensor) -> Tensor:
@@ -313,7 +394,7 @@ class _Between:
                 both = [answer(self.ids, end).float().log_softmax(dim=-1) for end in ends]
                 truth = (both[0] + both[1]).argmax(dim=-1)
         batch = max(1, count // CURVE_PARTS)
-        middle = bent(loss, *ends, count, batch=batch)
+        middle = bent(loss, ends[0], ends[1], count, batch=batch)
         losses = along(loss, (ends[0], middle, ends[1]), count, batch=batch)
         found = torch.tensor(losses, dtype=torch.float64)
         return {

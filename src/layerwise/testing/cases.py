@@ -107,6 +107,8 @@ def evidence(
         "base": weight.float(),
         "disturbed": stream + inputs.flip(1) / 20,
         "base_outputs": stream + inputs.flip(1),
+        "base_states": (stream.roll(1, 1), inputs.flip(1)),
+        "attributions": torch.randn(_WINDOWS, length - 1, generator=noise) * seen,
         "tangents": inputs[:16],
         "base_tangents": inputs[:16].flip(1),
         "ends": torch.tensor([1.0, 1.5]),
@@ -245,7 +247,7 @@ def _answers(noise: torch.Generator, seen: bool) -> dict[str, list[Tensor]]:
     shape = (_WINDOWS, TOKENS // _WINDOWS, _VOCABULARY)
     logits = 3 * torch.randn(shape, generator=noise) * seen
     made: dict[str, list[Tensor]] = {}
-    for place, word in enumerate(("answers", "frozen", "skipped", "removed", "lens")):
+    for place, word in enumerate(("answers", "frozen", "skipped", "removed", "lens", "erased")):
         moved = logits + place * torch.randn(shape, generator=noise) * seen
         made[word] = list(moved.log_softmax(dim=-1).split(3))
     return made
