@@ -75,12 +75,19 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "ends": "calibration",
         "path": "calibration",
         "growing_path": "calibration",
+        "deep_path": "calibration",  # the same with all after the block instead
+        "random_path": "calibration",  # and with all that come before it in a random order
         # Of a curve that was trained between both: its middle, (out, in); its loss, (points,).
         "bend": "calibration",
         "curve": "calibration",
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
+        # A function of a direction, (tokens, width), to the derivative along it of what the block
+        # answers; and what the block is given, what it answers and what each later one does, one
+        # (shown, width) each, of the first tokens.
+        "jacobian": "calibration",
+        "later_states": "calibration",
         # Log-probabilities of the next token, one (windows, length, vocabulary) per batch of the
         # first windows, readable more than once: as the model answers; as it would if its stream
         # ended before the block; without the block; without it for all tokens of a window but the
@@ -135,7 +142,7 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
 PAIRED = frozenset(
     {"base", "base_outputs", "base_states", "base_tangents"}
-    | {"ends", "path", "growing_path", "bend", "curve"}
+    | {"ends", "path", "growing_path", "deep_path", "random_path", "bend", "curve"}
 )
 # What a model of other layers can give, too.
 UNLIKE = frozenset({"base_states"})

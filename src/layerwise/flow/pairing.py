@@ -29,8 +29,13 @@ from layerwise.flow.preparing import Prepared
 # Evidence by word, and then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
 # What no walk through one model shows.
-BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents", "echoes", "erased", "attributions"}
+BEFOREHAND = PAIRED | {
+    *("disturbed", "hessian", "tangents"),
+    *("echoes", "erased", "attributions", "later_states"),
+}
 
+# What is said of the loss on the way between two models.
+_PATHS = {"ends", "path", "growing_path", "deep_path", "random_path"}
 # Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
 # point.
 PATH_TOKENS = 2048
@@ -44,7 +49,7 @@ DISTURBANCE = 0.05
 TANGENT_WINDOWS = 16
 # Tokens (or pictures) that the Hessian is found on.
 CURVATURE_TOKENS = 512
-# Tokens that a linear map to another model's blocks is found on; all its blocks' answers are held.
+# Tokens of which the answers of all blocks are held, to be held against each other.
 MAP_TOKENS = 2048
 # Windows whose last token's probability is derived, and points on the way to each block's input.
 ATTRIBUTED_WINDOWS, ATTRIBUTED_STEPS = 4, 32
@@ -103,6 +108,7 @@ def evidence_for(
         "echoes": lambda: _Echoes(runner.anew(), _echoed(runner, text.ids), shelf),
         "attributions": lambda: _Attributions(runner, text.ids[:ATTRIBUTED_WINDOWS], shelf),
         "erased": lambda: _erased(runner, text.ids[:ABLATED_WINDOWS], shelf, progress),
+        "later_states": lambda: _later(runner, some(text.ids, MAP_TOKENS), shelf),
         "hessian": lambda: Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS)),
         "tangents": lambda: tangents(runner, layers, few, shelf),
     }
@@ -117,7 +123,7 @@ def evidence_for(
         if "base_tangents" in words:
             told["base_tangents"] = tangents(other, layers, few, shelf)
         between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
-        if words & {"ends", "path", "growing_path"}:
+        if words & _PATHS:
             told |= between.evidence(words, progress)
         if words & {"bend", "curve"}:
             told |= between.bent()
@@ -215,6 +221,12 @@ def _states(prepared: Prepared, base: Source, ids: Tensor, shelf: Shelf) -> dict
     seen = seen_by_blocks(other, ids, shelf)[1:]
     states = [one[:].flatten(0, -2) for one in seen]
     return dict.fromkeys(runner.blocks, states)
+
+
+def _later(runner: Runner, ids: Tensor, shelf: Shelf) -> dict[str, list[Tensor]]:
+    """What each block is given of some windows, and what it and all later ones answer."""
+    states = [one[:].flatten(0, -2) for one in seen_by_blocks(runner, ids, shelf)]
+    return {block: states[place:] for place, block in enumerate(runner.blocks)}
 
 
 def _erased(runner: Runner, ids: Tensor, shelf: Shelf, progress: Progress) -> dict[str, Answers]:
@@ -357,7 +369,34 @@ class _Between:
             told["path"] = paths(layers)
         if "growing_path" in words:
             told["growing_path"] = paths(blocks)
-        return told
+        drawn: list[int] = torch.randperm(
+            len(blocks), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        orders = {"deep_path": blocks[::-1], "random_path": [blocks[place] for place in drawn]}
+        return told | {
+            word: self._gathered(order, own, truth)
+            for word, order in orders.items()
+            if word in words
+        }
+
+    def _gathered(
+        self, order: Sequence[str], own: float, truth: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses on the ways of ever more blocks, in an order, by the block that came last."""
+        runner = self.runner
+        made: dict[str, Tensor] = {}
+        for count, last in enumerate(order, 1):
+            losses = [own]
+            for point in POINTS[1:]:
+                hidden: Activations = self.runner.start(self.ids)
+                for block in runner.blocks:
+                    names = self._tensors(f"{block}.") if block in order[:count] else ()
+                    changed = {name: self._mixed(name, point) for name in names}
+                    parts = runner.carry(block, hidden, changed)
+                    hidden = self.shelf.keep("gathered", parts, len(self.ids), hidden)
+                losses.append(_loss(runner, hidden, self.ids, truth))
+            made[last] = torch.tensor(losses, dtype=torch.float64)
+        return made
 
     def bent(self) -> Told:
         """A curve that is trained between both models, and the loss on it."""

@@ -108,11 +108,15 @@ def evidence(
         "disturbed": stream + inputs.flip(1) / 20,
         "base_outputs": stream + inputs.flip(1),
         "base_states": (stream.roll(1, 1), inputs.flip(1)),
+        "later_states": (inputs, stream, stream + inputs.flip(1), stream - inputs.flip(1) / 2),
+        "jacobian": functools.partial(_pushed, torch.randn(2 * weight.shape[1:], generator=noise)),
         "attributions": torch.randn(_WINDOWS, length - 1, generator=noise) * seen,
         "tangents": inputs[:16],
         "base_tangents": inputs[:16].flip(1),
         "ends": torch.tensor([1.0, 1.5]),
         "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
+        "deep_path": torch.tensor([1.0, 1.3, 1.7, 1.6, 1.5]),
+        "random_path": torch.tensor([1.0, 1.1, 1.6, 1.7, 1.3]),
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
         "bend": weight.float(),
         "curve": torch.tensor([1.0, 1.3, 1.4, 1.2, 1.1]),
@@ -271,6 +275,11 @@ def _coarse(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 def _curved(inputs: Float[Tensor, "tokens in"], direction: Tensor) -> Tensor:
     """The Hessian of the mean squared output, 2 gram for every row, times a direction."""
     return 2 * direction @ inputs.T @ inputs / len(inputs)
+
+
+def _pushed(matrix: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of x + x M / 4 along a direction."""
+    return direction + direction @ matrix / 4
 
 
 def _apart(wanted: Tensor, tried: Tensor) -> Tensor:
