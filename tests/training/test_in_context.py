@@ -155,24 +155,24 @@ def test_training_is_recorded_and_does_not_notice():
 
 
 @functools.cache
-def _reduced(seconds=4000, rate=0.5):
+def _reduced(steps=1500, rate=1.5):
     """The two-parameter network: its loss, and the two gates, through gradient descent.
 
     A token looks at the one before with p1 = e^b1 / (e^b1 + n1); what it finds lets the target look
     at the right label with p2 = e^(b2 p1) / (e^(b2 p1) + n2), which gives the answer's logit.
     """
     gates = torch.tensor([0.0, 0.0, 0.5], requires_grad=True)
-    steps = []
-    for _ in range(seconds):
+    seen = []
+    for _ in range(steps):
         p1 = gates[0].exp() / (gates[0].exp() + 8)
         z2 = gates[1] * p1
         p2 = z2.exp() / (z2.exp() + 8)
         z3 = gates[2] * p2
         loss = -(z3 - torch.log(z3.exp() + 7))
-        steps.append((float(p1.detach()), float(p2.detach()), float((-loss.detach()).exp())))
+        seen.append((float(p1.detach()), float(p2.detach()), float((-loss.detach()).exp())))
         (slope,) = torch.autograd.grad(loss, gates)
         gates.data -= rate * slope
-    return steps
+    return seen
 
 
 def test_the_two_parameter_network_waits_and_jumps():
