@@ -69,7 +69,7 @@ def averaged(pair, prefixes):
 
 def test_the_way_of_a_layer_is_that_of_the_whole_model(pair):
     ours, theirs = pair
-    names = ["barrier", "growing_barrier"]
+    names = ["barrier", "growing_barrier", "deep_barrier", "random_barrier"]
     found = lw.inspect(ours, names, against=theirs, **SHOWN).scores
     line = (averaged(pair, ("none",)) + averaged(pair[::-1], ("none",))) / 2
     for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
@@ -79,10 +79,18 @@ def test_the_way_of_a_layer_is_that_of_the_whole_model(pair):
         grown = tuple(f"model.layers.{n}." for n in range(int(block[-1]) + 1))
         expected = averaged(pair, grown) - line
         assert found["growing_barrier"][layer] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        deep = tuple(f"model.layers.{n}." for n in range(int(block[-1]), 2))
+        expected = averaged(pair, deep) - line
+        assert found["deep_barrier"][layer] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        drawn = torch.randperm(2, generator=torch.Generator().manual_seed(0)).tolist()
+        upto = drawn[: drawn.index(int(block[-1])) + 1]
+        expected = averaged(pair, tuple(f"model.layers.{n}." for n in upto)) - line
+        assert found["random_barrier"][layer] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_a_model_and_itself_have_no_barrier(llama):
-    scores = lw.inspect(llama, ["barrier", "growing_barrier"], against=llama, **SHOWN).scores
+    names = ["barrier", "growing_barrier", "deep_barrier", "random_barrier"]
+    scores = lw.inspect(llama, names, against=llama, **SHOWN).scores
     assert all(abs(value) < 1e-6 for column in scores.values() for value in column.values())
 
 
@@ -92,6 +100,7 @@ def test_all_measures_take_the_other_model_with_them(pair):
     assert {"rotation", "displacement", "alignment", "barrier"} <= found.scores.keys()
     assert "rotation" in lw.inspect(ours, **SHOWN).left_out
     assert "by name" in found.left_out["sharpness"]
+    assert "by name" in found.left_out["mode_connectivity"]
 
 
 def test_another_architecture_is_refused(llama, make_llama, tmp_path):

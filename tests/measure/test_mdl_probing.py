@@ -14,11 +14,10 @@ def _examples(count=200, classes=4):
     return torch.randn(count, 6) + 2 * torch.eye(classes, 6)[labels], labels
 
 
-def test_is_the_length_of_the_message_sent_label_by_label():
-    states, labels = _examples()
+def _sent(states, labels, order):
+    """The message's length, and how often its last probe was right, label by label."""
     fractions = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1)
     ends = [math.floor(one * 200) for one in fractions if math.floor(one * 200)]
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     bits, right = 0.0, 0
     for place, example in enumerate(order.tolist()):
         known = order[: max([0, *(end for end in ends if end <= place)])]
@@ -29,9 +28,25 @@ def test_is_the_length_of_the_message_sent_label_by_label():
         answer = fitted.answers(states[example : example + 1])[0]
         bits -= float(answer[labels[example]]) / math.log(2)
         right += (place >= 100) * int(answer.argmax() == labels[example])
+    return bits, right / 100
+
+
+def test_is_the_length_of_the_message_sent_label_by_label():
+    states, labels = _examples()
+    order, dealt = (
+        torch.randperm(200, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    bits, accuracy = _sent(states, labels, order)
+    control = 400 / _sent(states, labels[dealt], torch.arange(200))[0]
     found = mdl_probing(states, labels, shuffles=1)
-    expected = {"compression": 400 / bits, "bits": bits, "accuracy": right / 100}
+    expected = {
+        "compression": 400 / bits,
+        "bits": bits,
+        "accuracy": accuracy,
+        "control": control,
+    }
     assert found == pytest.approx(expected, rel=1e-4)
+    assert control < 1.02
 
 
 def test_states_that_say_nothing_do_not_shorten_the_message():

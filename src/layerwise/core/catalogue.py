@@ -71,12 +71,23 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         # of both, (2,); and that of the first, (points,), while a layer alone, or a block and all
         # before it, goes to the other's in even steps.
         "base_outputs": "calibration",
+        "base_states": "calibration",  # the same of each block of the other, which may be deeper
         "ends": "calibration",
         "path": "calibration",
         "growing_path": "calibration",
+        "deep_path": "calibration",  # the same with all after the block instead
+        "random_path": "calibration",  # and with all that come before it in a random order
+        # Of a curve that was trained between both: its middle, (out, in); its loss, (points,).
+        "bend": "calibration",
+        "curve": "calibration",
         # Of a block: what it does to the residual stream, and what hangs on that.
         "positions": "calibration",  # (tokens,), the place in its window of each of `inputs`
         "updates": "calibration",  # one (tokens, width) for each addition to the stream, in order
+        # A function of a direction, (tokens, width), to the derivative along it of what the block
+        # answers; and what the block is given, what it answers and what each later one does, one
+        # (shown, width) each, of the first tokens.
+        "jacobian": "calibration",
+        "later_states": "calibration",
         # Log-probabilities of the next token, one (windows, length, vocabulary) per batch of the
         # first windows, readable more than once: as the model answers; as it would if its stream
         # ended before the block; without the block; without it for all tokens of a window but the
@@ -87,6 +98,13 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
         "skipped": "calibration",
         "frozen": "calibration",
         "ids": "calibration",  # (windows, length), the tokens of those windows
+        # (windows, heads, length, length), a block's attention, rows of it sum to 1, on windows of
+        # tokens drawn at random, no two alike, and then the same tokens once more.
+        "echoes": "calibration",
+        # (windows, length - 1), what each token of the block's input brings to the answer.
+        "attributions": "calibration",
+        # Log-probabilities as above, with one token of the block's input erased.
+        "erased": "calibration",
         # (later, windows, length): how far what each later block adds to the stream changes when
         # the block is `skipped` or `frozen`, as a share of what it adds else.
         "skip_effects": "calibration",
@@ -126,7 +144,14 @@ EVIDENCE: Mapping[str, Need] = MappingProxyType(
     }
 )
 # Evidence of another model than the one that is looked at, whatever else it takes to gather it.
-PAIRED = frozenset({"base", "base_outputs", "base_tangents", "ends", "path", "growing_path"})
+PAIRED = frozenset(
+    {"base", "base_outputs", "base_states", "base_tangents"}
+    | {"ends", "path", "growing_path", "deep_path", "random_path", "bend", "curve"}
+)
+# What a model of other layers can give, too.
+UNLIKE = frozenset({"base_states"})
+# Evidence that takes running the whole model many times.
+LONG = frozenset({"hessian", "bend", "curve", "attributions"})
 # What a text that the model reads can show.
 GATHERED = frozenset[Need]({"calibration", "gradients"})
 _CHEAPEST_FIRST: tuple[Need, ...] = (

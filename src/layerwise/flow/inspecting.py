@@ -77,10 +77,12 @@ def look(
         UserError: A measure that was named, or the truth, cannot be had of this model.
     """
     wanted = wish.fitted(found)
-    if base is not None:
-        check_pair(source, base, found)
     every = list(asked.measures) == [ALL]
     methods, left_out = _allowed(source, texts, base) if every else (_named(asked.measures), {})
+    pairs = {word for method in methods for word in catalogue.PAIRED & set(method.evidence)}
+    # Only what looks at layers of both asks that both have the same.
+    if base is not None and pairs - catalogue.UNLIKE:
+        check_pair(source, base, found)
     levels = _levels(methods, asked, wanted)
     steps = [catalogue.get(id) for level in levels for id, _ in level.steps]
     proof = "auto" if asked.truth else "none"
@@ -163,8 +165,8 @@ def _allowed(
 
 def _refusal(method: catalogue.Method, source: Source, texts: Texts, base: Source | None) -> str:
     """Why a measure cannot be had; "" if it can, as far as is known before the model runs."""
-    if "hessian" in method.evidence:
-        return "it runs the whole model many times for each layer; ask for it by name"
+    if catalogue.LONG.intersection(method.evidence):
+        return "it runs the whole model many times; ask for it by name"
     if base is None and catalogue.PAIRED.intersection(method.evidence):
         return "it compares with another model, and none was given (--against BASE)"
     if method.calibrated and calibration_text(source, texts) is None:

@@ -1,6 +1,6 @@
-"""Evidence of a model and another, and of a model and itself disturbed."""
+"""Evidence of a model and another, and of a model on what is not the calibration text itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layerwise.core.catalogue import PAIRED
+from layerwise.core.catalogue import PAIRED, UNLIKE
 from layerwise.core.errors import UserError
 from layerwise.core.progress import Progress
 from layerwise.core.reading.checkpoint import Source
-from layerwise.core.reading.structure import Layer, Structure
+from layerwise.core.reading.structure import Layer, Structure, structure
+from layerwise.core.running.ablation import ABLATED_WINDOWS, Answers
 from layerwise.core.running.apply import check_finite
 from layerwise.core.running.carried import Activations, Shelf
 from layerwise.core.running.curvature import Curvature
-from layerwise.core.running.fisher import answered, foretells, loss_gradient
+from layerwise.core.running.curve import along, bent
+from layerwise.core.running.evidence import AttentionMaps
+from layerwise.core.running.fisher import answered, foretells, loss_gradient, seen_by_blocks
 from layerwise.core.running.runner import Runner
 from layerwise.core.running.tangents import tangents
 from layerwise.flow.apart import Apart
@@ -26,19 +29,32 @@ from layerwise.flow.preparing import Prepared
 # Evidence by word, and then by layer or, for measures of blocks, block.
 Told = Mapping[str, Mapping[str, Any]]
 # What no walk through one model shows.
-BEFOREHAND = PAIRED | {"disturbed", "hessian", "tangents"}
+BEFOREHAND = PAIRED | {
+    *("disturbed", "hessian", "tangents"),
+    *("echoes", "erased", "attributions", "later_states"),
+}
 
+# What is said of the loss on the way between two models.
+_PATHS = {"ends", "path", "growing_path", "deep_path", "random_path"}
 # Tokens of the calibration text (or pictures) that a loss is found on, once for each layer and
 # point.
 PATH_TOKENS = 2048
 # Shares of the other model at which the loss is found.
 POINTS = (0.0, 0.5, 1.0)
+# Batches in which a curve between two models learns from those tokens.
+CURVE_PARTS = 16
 # Size of the noise on embeddings, as a share of theirs.
 DISTURBANCE = 0.05
 # Windows that tangent kernels are of: each answers in a few directions, and all pairs are held.
 TANGENT_WINDOWS = 16
 # Tokens (or pictures) that the Hessian is found on.
 CURVATURE_TOKENS = 512
+# Tokens of which the answers of all blocks are held, to be held against each other.
+MAP_TOKENS = 2048
+# Windows whose last token's probability is derived, and points on the way to each block's input.
+ATTRIBUTED_WINDOWS, ATTRIBUTED_STEPS = 4, 32
+# Windows of tokens that come twice, and the most tokens of each: attention is held of all pairs.
+ECHO_WINDOWS, ECHO_TOKENS = 16, 64
 
 
 def check_pair(source: Source, base: Source, found: Structure) -> None:
@@ -86,24 +102,31 @@ def evidence_for(
         told["base"] = _Weights(base, prepared.found)
     if runner is None or text is None:
         return told
-    if "disturbed" in words:
-        told["disturbed"] = _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf)
-    if "hessian" in words:
-        layers = prepared.found.layers
-        told["hessian"] = Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS))
-    few = text.ids[:TANGENT_WINDOWS]
-    if "tangents" in words:
-        told["tangents"] = tangents(runner, prepared.found.layers, few, shelf)
-    if base is not None and words & PAIRED - {"base"}:
+    layers, few = prepared.found.layers, text.ids[:TANGENT_WINDOWS]
+    alone: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+        "disturbed": lambda: _Stream(runner, _disturbed(runner, text.ids), "disturbed", shelf),
+        "echoes": lambda: _Echoes(runner.anew(), _echoed(runner, text.ids), shelf),
+        "attributions": lambda: _Attributions(runner, text.ids[:ATTRIBUTED_WINDOWS], shelf),
+        "erased": lambda: _erased(runner, text.ids[:ABLATED_WINDOWS], shelf, progress),
+        "later_states": lambda: _later(runner, some(text.ids, MAP_TOKENS), shelf),
+        "hessian": lambda: Curvature(runner, layers, some(text.ids, CURVATURE_TOKENS)),
+        "tangents": lambda: tangents(runner, layers, few, shelf),
+    }
+    told |= {word: gather() for word, gather in alone.items() if word in words}
+    if base is not None and "base_states" in words:
+        told["base_states"] = _states(prepared, base, some(text.ids, MAP_TOKENS), shelf)
+    if base is not None and words & PAIRED - UNLIKE - {"base"}:
         other = Runner(base, prepared.found, device=str(runner.device), tokens=runner.tokens)
         if "base_outputs" in words:
             start = shelf.keep("base", other.starting(text.ids), len(text.ids))
             told["base_outputs"] = _Stream(other, start, "base", shelf)
         if "base_tangents" in words:
-            told["base_tangents"] = tangents(other, prepared.found.layers, few, shelf)
-        if words & {"ends", "path", "growing_path"}:
-            between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
+            told["base_tangents"] = tangents(other, layers, few, shelf)
+        between = _Between(prepared, other, some(text.ids, PATH_TOKENS), shelf)
+        if words & _PATHS:
             told |= between.evidence(words, progress)
+        if words & {"bend", "curve"}:
+            told |= between.bent()
     return told
 
 
@@ -144,19 +167,142 @@ class _Stream(Mapping[str, Tensor]):
         self._after = start
 
     def __getitem__(self, block: str) -> Tensor:
+        return self.to(block)[:].flatten(0, -2)
+
+    def to(self, block: str, maps: AttentionMaps | None = None) -> Activations:
+        """What comes out of a block, whose attention is shown to `maps`."""
         place = self.runner.blocks.index(block)
         assert place >= self._done, "blocks come in their order"
         for name in self.runner.blocks[self._done + 1 : place + 1]:
-            parts, count = self.runner.carry(name, self._after, {}), len(self._after)
-            self._after = self._shelf.keep(self._name, parts, count, self._after)
+            watching = maps if name == block else None
+            parts = self.runner.carry(name, self._after, {}, attention=watching)
+            self._after = self._shelf.keep(self._name, parts, len(self._after), self._after)
         self._done = place
-        return self._after[:].flatten(0, -2)
+        return self._after
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.runner.blocks)
 
     def __len__(self) -> int:
         return len(self.runner.blocks)
+
+
+class _Echoes(Mapping[str, Tensor]):
+    """What blocks attend to in some windows, to be asked for in their order."""
+
+    def __init__(self, runner: Runner, ids: Tensor, shelf: Shelf) -> None:
+        start = shelf.keep("echoes", runner.starting(ids), len(ids))
+        self._stream = _Stream(runner, start, "echoes", shelf)
+
+    def __getitem__(self, block: str) -> Tensor:
+        maps = AttentionMaps(block)
+        self._stream.to(block, maps)
+        return maps.maps()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+
+def _states(prepared: Prepared, base: Source, ids: Tensor, shelf: Shelf) -> dict[str, list[Tensor]]:
+    """What each block of another model answers to some windows: the same for all blocks."""
+    runner = prepared.runner
+    assert runner is not None
+    found = structure(base)
+    other = Runner(base, found, device=str(runner.device), tokens=runner.tokens)
+    if other.vocabulary != runner.vocabulary:
+        raise UserError(
+            f"{base.label} knows {other.vocabulary} tokens and {prepared.source.label} "
+            f"{runner.vocabulary}, so that they do not read the same.",
+            "Compare with a model of the same tokenizer.",
+        )
+    seen = seen_by_blocks(other, ids, shelf)[1:]
+    states = [one[:].flatten(0, -2) for one in seen]
+    return dict.fromkeys(runner.blocks, states)
+
+
+def _later(runner: Runner, ids: Tensor, shelf: Shelf) -> dict[str, list[Tensor]]:
+    """What each block is given of some windows, and what it and all later ones answer."""
+    states = [one[:].flatten(0, -2) for one in seen_by_blocks(runner, ids, shelf)]
+    return {block: states[place:] for place, block in enumerate(runner.blocks)}
+
+
+def _erased(runner: Runner, ids: Tensor, shelf: Shelf, progress: Progress) -> dict[str, Answers]:
+    """What a model answers where one token of what a block is given is the mean of all."""
+
+    def begun(block: str, hidden: Activations) -> dict[str, Iterator[Tensor]]:
+        changed = hidden[:].clone()
+        changed[:, changed.shape[1] // 2] = changed.flatten(0, -2).mean(dim=0)
+        return {block: runner.carry(block, changed, {})}
+
+    carried = Apart(runner, ids, begun, shelf, progress)
+    outer = runner.outer()
+    return {name: Answers(runner, carried.of(name), ids, outer) for name in carried.names}
+
+
+class _Attributions(Mapping[str, Tensor]):
+    """What each token that a block is given brings to the last token's probability."""
+
+    def __init__(self, runner: Runner, ids: Tensor, shelf: Shelf) -> None:
+        self.runner = runner
+        self.ids = ids
+        self._seen = seen_by_blocks(runner, ids, shelf)
+
+    def __getitem__(self, block: str) -> Tensor:
+        place = self.runner.blocks.index(block)
+        given = self._seen[place][:].float()  # (windows, length, width)
+        middle = given.mean(dim=1, keepdim=True)
+        found = torch.zeros(given.shape[:2], dtype=torch.float64)
+        for step in range(ATTRIBUTED_STEPS):
+            here = middle.lerp(given, (step + 0.5) / ATTRIBUTED_STEPS)
+            slope = self._slope(place, here)
+            found += ((given - middle) * slope).sum(dim=-1, dtype=torch.float64)
+        return found[:, :-1] / ATTRIBUTED_STEPS
+
+    def _slope(self, place: int, hidden: Tensor) -> Tensor:
+        """The gradient of the probability with respect to what a block is given."""
+        seen = [hidden]
+        for block in self.runner.blocks[place:]:
+            seen.append(self.runner.forward(block, seen[-1], {}))
+        gradient = self.runner.gradient(seen.pop(), self.ids, _chance)
+        for block in reversed(self.runner.blocks[place:]):
+            gradient = self.runner.backward(block, seen.pop(), gradient, {})
+        return gradient
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.runner.blocks)
+
+    def __len__(self) -> int:
+        return len(self.runner.blocks)
+
+
+def _chance(logits: Tensor, ids: Tensor) -> Tensor:
+    """The probability of each window's last token, summed."""
+    told = logits[:, -2].float().softmax(dim=-1)
+    return told.gather(1, ids[:, -1:].to(told.device)).sum()
+
+
+def _echoed(runner: Runner, ids: Tensor) -> Tensor:
+    """Windows of the text's tokens in an order drawn at random, each window twice over.
+
+    Raises:
+        UserError: The model reads no tokens, or the text has too few that are unlike.
+    """
+    of_tokens = ids.dim() == 2 and not ids.is_floating_point()
+    known = ids.unique() if of_tokens else ids[:0].flatten()
+    half = min(ECHO_TOKENS, len(known), ids.shape[-1] // 2)
+    if half < 2:
+        raise UserError(
+            f"{runner.source.label} was shown no text of tokens that could come twice.",
+            "Give a longer text, or use a measure that needs none, such as lim.",
+        )
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        known[torch.randperm(len(known), generator=generator)[:half]] for _ in range(ECHO_WINDOWS)
+    ]
+    return torch.stack(drawn).repeat(1, 2)
 
 
 def _disturbed(runner: Runner, ids: Tensor) -> Tensor:
@@ -223,7 +369,79 @@ class _Between:
             told["path"] = paths(layers)
         if "growing_path" in words:
             told["growing_path"] = paths(blocks)
-        return told
+        drawn: list[int] = torch.randperm(
+            len(blocks), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        orders = {"deep_path": blocks[::-1], "random_path": [blocks[place] for place in drawn]}
+        return told | {
+            word: self._gathered(order, own, truth)
+            for word, order in orders.items()
+            if word in words
+        }
+
+    def _gathered(
+        self, order: Sequence[str], own: float, truth: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses on the ways of ever more blocks, in an order, by the block that came last."""
+        runner = self.runner
+        made: dict[str, Tensor] = {}
+        for count, last in enumerate(order, 1):
+            losses = [own]
+            for point in POINTS[1:]:
+                hidden: Activations = self.runner.start(self.ids)
+                for block in runner.blocks:
+                    names = self._tensors(f"{block}.") if block in order[:count] else ()
+                    changed = {name: self._mixed(name, point) for name in names}
+                    parts = runner.carry(block, hidden, changed)
+                    hidden = self.shelf.keep("gathered", parts, len(self.ids), hidden)
+                losses.append(_loss(runner, hidden, self.ids, truth))
+            made[last] = torch.tensor(losses, dtype=torch.float64)
+        return made
+
+    def bent(self) -> Told:
+        """A curve that is trained between both models, and the loss on it."""
+        layers, source = self.prepared.found.layers, self.prepared.source
+        names = self.runner.alone()
+        if norm := next((name for name in names if name.endswith("running_var")), ""):
+            raise UserError(
+                f"{source.label} has batch norms ({norm}), whose statistics are not known on a "
+                "curve between two models.",
+                "Measure the straight way, of one layer at a time (barrier).",
+            )
+        if left := next((one.name for one in layers.values() if one.tensor not in names), ""):
+            raise UserError(
+                f"{left} is one of several tensors that the model joins, which no curve is made "
+                "of.",
+                "Measure the straight way, of one layer at a time (barrier).",
+            )
+        ends = [
+            {name: one.read(name).float() for name in names} for one in (source, self.other.source)
+        ]
+        answer, count = self.runner.block_answer("", {}), len(self.ids)
+        truth: Tensor | None = None
+
+        def loss(network: Mapping[str, Tensor], part: Tensor) -> Tensor:
+            shown = self.ids[part]
+            logits = answer(shown, network).float()
+            if truth is not None:
+                return functional.cross_entropy(logits.flatten(0, -2), truth[part].flatten())
+            scored, chosen = answered(self.runner, logits, shown)
+            return functional.cross_entropy(scored, chosen)
+
+        with torch.no_grad():
+            if not foretells(self.runner, answer(self.ids[:1], ends[0]), self.ids[:1]):
+                both = [answer(self.ids, end).float().log_softmax(dim=-1) for end in ends]
+                truth = (both[0] + both[1]).argmax(dim=-1)
+        batch = max(1, count // CURVE_PARTS)
+        middle = bent(loss, ends[0], ends[1], count, batch=batch)
+        losses = along(loss, (ends[0], middle, ends[1]), count, batch=batch)
+        found = torch.tensor(losses, dtype=torch.float64)
+        return {
+            "bend": {
+                name: one.matrix(middle[one.tensor]).contiguous() for name, one in layers.items()
+            },
+            "curve": dict.fromkeys(layers, found),
+        }
 
     def _theirs(self) -> Activations:
         """The windows after the other model's last block."""

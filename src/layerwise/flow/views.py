@@ -24,6 +24,7 @@ from layerwise.core.running.ablation import (
 from layerwise.core.running.apply import check_finite
 from layerwise.core.running.carried import Activations, Shelf
 from layerwise.core.running.evidence import UpdateCollector
+from layerwise.core.running.jacobian import jacobian
 from layerwise.core.running.runner import Runner
 from layerwise.flow.preparing import Prepared
 
@@ -132,6 +133,12 @@ class View:
             pass
         return collector.evidence()["updates"]
 
+    def jacobian(self) -> Callable[[Tensor], Tensor]:
+        """The derivative of what it answers along a direction of what it is given."""
+        assert self.runner is not None
+        assert self.hidden is not None
+        return jacobian(self.runner, self.runner.blocks[self.number], self.hidden)
+
     def lens(self) -> Answers:
         """What the model would answer if its stream ended before the block."""
         assert self.hidden is not None
@@ -231,6 +238,7 @@ _WORDS: Mapping[str, Callable[[View], Any]] = {
     "outputs": lambda view: _tokens(view.after),
     "positions": lambda view: _positions(view.hidden),
     "updates": View.updates,
+    "jacobian": View.jacobian,
     "ids": lambda view: view.about.ids,
     "answers": lambda view: view.about.answers,
     "lens": View.lens,

@@ -1,5 +1,7 @@
 """The loss on the way from one network to another."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,3 +26,12 @@ def over_the_ends(path: Float[Tensor, " points"], ends: Float[Tensor, " two"]) -
     gone = torch.linspace(0, 1, len(path), dtype=torch.float64)[1:-1]
     line = ends[0].double().lerp(ends[1].double(), gone)  # (points,)
     return float((path[1:-1].double() - line).max())
+
+
+def over_the_curve(losses: Sequence[float]) -> float:
+    """How far the loss on a curve departs most from the mean of its ends: below 0 where it rises.
+
+    (L(0) + L(1)) / 2 - L(t*) ,   t* = argmax over t of |L(t) - (L(0) + L(1)) / 2|
+    """
+    level = (losses[0] + losses[-1]) / 2
+    return max((level - one for one in losses), key=abs)

@@ -76,8 +76,9 @@ def mdl_probing(
         penalty: How much the size of a probe's weights costs, for each feature.
 
     Returns:
-        `compression`, the score, higher is more; `bits`, L; and `accuracy` of the last probe on
-        what it coded.
+        `compression`, the score, higher is more; `bits`, L; `accuracy` of the last probe on what
+        it coded; and `control`, the compression of the same labels dealt out at random: what is
+        not well above it is not in the states.
 
     Raises:
         UserError: There is one class, there are few examples, or no order.
@@ -94,10 +95,15 @@ def mdl_probing(
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         found.append(_sent(states[order], labels[order], classes, penalty))
     bits, accuracy = (sum(part) / shuffles for part in zip(*found, strict=True))
+    # The same classes, as often, of texts that have nothing to do with them.
+    strange = labels[torch.randperm(count, generator=torch.Generator().manual_seed(shuffles))]
+    guessed, _ = _sent(states, strange, classes, penalty)
+    uniform = count * math.log2(classes)
     return {
-        "compression": count * math.log2(classes) / bits,
+        "compression": uniform / bits,
         "bits": bits,
         "accuracy": accuracy,
+        "control": uniform / guessed,
     }
 
 

@@ -96,6 +96,7 @@ def evidence(
         "ids": torch.randint(_VOCABULARY, (_WINDOWS, length), generator=noise),
         "skip_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
         "freeze_effects": torch.rand(_LATER, _WINDOWS, length, generator=noise) * seen,
+        "echoes": _causal(_WINDOWS, 3, 12, noise),
         "states": inputs[:_EXAMPLES] + _marks(labels, weight.shape[1]) * seen,
         "labels": labels,
         "scores": torch.tensor([0.5, 2.0, 0.0, 1.0]),
@@ -106,11 +107,19 @@ def evidence(
         "base": weight.float(),
         "disturbed": stream + inputs.flip(1) / 20,
         "base_outputs": stream + inputs.flip(1),
+        "base_states": (stream.roll(1, 1), inputs.flip(1)),
+        "later_states": (inputs, stream, stream + inputs.flip(1), stream - inputs.flip(1) / 2),
+        "jacobian": functools.partial(_pushed, torch.randn(2 * weight.shape[1:], generator=noise)),
+        "attributions": torch.randn(_WINDOWS, length - 1, generator=noise) * seen,
         "tangents": inputs[:16],
         "base_tangents": inputs[:16].flip(1),
         "ends": torch.tensor([1.0, 1.5]),
         "path": torch.tensor([1.0, 1.1, 1.4, 1.3, 1.2]),
+        "deep_path": torch.tensor([1.0, 1.3, 1.7, 1.6, 1.5]),
+        "random_path": torch.tensor([1.0, 1.1, 1.6, 1.7, 1.3]),
         "growing_path": torch.tensor([1.0, 1.2, 1.9, 1.6, 1.4]),
+        "bend": weight.float(),
+        "curve": torch.tensor([1.0, 1.3, 1.4, 1.2, 1.1]),
         "hessian": functools.partial(_curved, inputs),
         "models": together,
         "columns": weight.float().norm(dim=0),  # (in,)
@@ -240,12 +249,21 @@ def _attention(
     return {"queries": queries, "keys": keys, "attentions": attentions}
 
 
+def _causal(
+    windows: int, heads: int, length: int, noise: torch.Generator
+) -> Float[Tensor, "windows heads length length"]:
+    """Attention of tokens to those before them and to themselves."""
+    scores = torch.randn(windows, heads, length, length, generator=noise)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return scores.where(seen, -torch.inf).softmax(dim=-1)
+
+
 def _answers(noise: torch.Generator, seen: bool) -> dict[str, list[Tensor]]:
     """Log-probabilities in two batches: the model's, and ever farther ones."""
     shape = (_WINDOWS, TOKENS // _WINDOWS, _VOCABULARY)
     logits = 3 * torch.randn(shape, generator=noise) * seen
     made: dict[str, list[Tensor]] = {}
-    for place, word in enumerate(("answers", "frozen", "skipped", "removed", "lens")):
+    for place, word in enumerate(("answers", "frozen", "skipped", "removed", "lens", "erased")):
         moved = logits + place * torch.randn(shape, generator=noise) * seen
         made[word] = list(moved.log_softmax(dim=-1).split(3))
     return made
@@ -269,6 +287,11 @@ def _coarse(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 def _curved(inputs: Float[Tensor, "tokens in"], direction: Tensor) -> Tensor:
     """The Hessian of the mean squared output, 2 gram for every row, times a direction."""
     return 2 * direction @ inputs.T @ inputs / len(inputs)
+
+
+def _pushed(matrix: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of x + x M / 4 along a direction."""
+    return direction + direction @ matrix / 4
 
 
 def _apart(wanted: Tensor, tried: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Measures of layers while a network trains: see `Watch`, and `trainer` for transformers.
 
+What a network learns from its input, and when: see `in_context`.
+
 from layerwise.training import Watch
 
     watch = Watch(model, ["rotation", "displacement"], out="layers.jsonl", every=100)

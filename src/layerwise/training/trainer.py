@@ -22,7 +22,7 @@ class WatchCallback(TrainerCallback):
     Args:
         measures: Names of measures.
         picture: SVG file to draw when training ends; None for none.
-        how: What else `Watch` takes: out, every, against, text, options.
+        how: What else `Watch` takes: out, every, against, text, options, probes.
 
     Attributes:
         watch: Has the records; None before training begins.

@@ -26,6 +26,15 @@ class Watcher(Protocol):
         ...
 
 
+@runtime_checkable
+class AttentionWatcher(Protocol):
+    """Sees what tokens attend to."""
+
+    def see(self, attention: Tensor) -> None:
+        """Take in a batch of windows, (batch, heads, asking, tokens); rows sum to 1."""
+        ...
+
+
 class Collector:
     """Accumulates what methods asked for about one input.
 
@@ -142,9 +151,9 @@ class AttentionCollector:
     def __init__(self) -> None:
         self._seen: list[Tensor] = []
 
-    def see(self, received: Tensor) -> None:
-        """Take in a batch of windows, (batch, length)."""
-        self._seen.append(received.float().cpu())
+    def see(self, attention: Tensor) -> None:
+        """Take in what a batch of windows attends to, (batch, heads, asking, tokens)."""
+        self._seen.append(attention.sum(dim=(1, 2)).cpu())
 
     def evidence(self) -> Mapping[str, Any]:
         """The evidence, (windows, length); flattened, its tokens lie as `inputs` do.
@@ -158,6 +167,35 @@ class AttentionCollector:
                 "Use a method that does not, such as gptq.",
             )
         return {"attention": torch.cat(self._seen)}
+
+
+class AttentionMaps:
+    """Keeps what each token attends to, of one attention of a block.
+
+    Args:
+        block: The block, for messages.
+    """
+
+    def __init__(self, block: str) -> None:
+        self.block = block
+        self._seen: list[Tensor] = []
+
+    def see(self, attention: Tensor) -> None:
+        """Take in what a batch of windows attends to, (batch, heads, asking, tokens)."""
+        self._seen.append(attention.cpu())
+
+    def maps(self) -> Tensor:
+        """(windows, heads, asking, tokens), float32; rows sum to 1.
+
+        Raises:
+            UserError: No attention was seen: the block has none, or computes it in its own way.
+        """
+        if not self._seen:
+            raise UserError(
+                f"no attention was seen in {self.block}.",
+                "Use a measure that reads none, such as lim.",
+            )
+        return torch.cat(self._seen)
 
 
 class UpdateCollector:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layerwise.core.activation import Activation
-from layerwise.core.running.evidence import AttentionCollector, Listener, UpdateCollector, Watcher
+from layerwise.core.running.evidence import AttentionWatcher, Listener, UpdateCollector, Watcher
 
 # What a layer answers to its (tokens, in) inputs, (tokens, out), before its bias is added.
 Answer = Callable[[Tensor], Tensor]
@@ -109,16 +109,16 @@ class Answering(nn.Module):
 
 
 class Attend(_Mode):
-    """Shows the attention that each token receives to a collector."""
+    """Shows what tokens attend to to a collector."""
 
-    def __init__(self, collector: AttentionCollector) -> None:
+    def __init__(self, collector: AttentionWatcher) -> None:
         super().__init__()
         self.collector = collector
 
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a call answers."""
         if func is nn.functional.scaled_dot_product_attention:
-            self.collector.see(_received(*args, **kwargs))
+            self.collector.see(_attention(*args, **kwargs))
         return func(*args, **kwargs)
 
 
@@ -194,6 +194,33 @@ class RoundedKeys(_Mode):
         return func(*args, **kwargs)
 
 
+class _Kept:
+    """Keeps the attention of each call."""
+
+    def __init__(self) -> None:
+        self.maps: list[Tensor] = []
+
+    def see(self, attention: Tensor) -> None:
+        """Take in a call."""
+        self.maps.append(attention)
+
+
+def attention_maps(model: nn.Module, given: Any) -> tuple[Tensor, list[Tensor]]:
+    """What a model answers, and what its tokens attend to in each attention that it calls.
+
+    Args:
+        model: Attends by torch's scaled_dot_product_attention.
+        given: What it is called with.
+
+    Returns:
+        The answer, or its logits; and one (batch, heads, asking, tokens) per call in their order.
+    """
+    kept = _Kept()
+    with Attend(kept):
+        answer = model(given)
+    return getattr(answer, "logits", answer), kept.maps
+
+
 def _question(
     query: Tensor,
     key: Tensor,
@@ -208,17 +235,17 @@ def _question(
     return Question(query, key, attn_mask, is_causal, unit)
 
 
-def _received(
-    query: Float[Tensor, "batch heads length size"],
-    key: Float[Tensor, "batch keys length size"],
+def _attention(
+    query: Float[Tensor, "batch heads asking size"],
+    key: Float[Tensor, "batch keys tokens size"],
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Float[Tensor, "batch length"]:
-    """Attention summed over heads and queries, by key."""
+) -> Float[Tensor, "batch heads asking tokens"]:
+    """What each token attends to in each head; of one that may see nothing, nothing."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     unit = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)).float() * unit
@@ -228,7 +255,7 @@ def _received(
     if attn_mask is not None:
         forbidden = attn_mask.dtype == torch.bool
         scores = scores.where(attn_mask, -torch.inf) if forbidden else scores + attn_mask
-    return scores.softmax(dim=-1).nan_to_num(0.0).sum(dim=(1, 2))
+    return scores.softmax(dim=-1).nan_to_num(0.0)
 
 
 def _answered(

@@ -26,7 +26,7 @@ from layerwise.core.reading.checkpoint import ModuleSource, Source
 from layerwise.core.reading.structure import Structure, block_of, structure
 from layerwise.core.rewriting.rewriting import Rewritten, original, stands_for
 from layerwise.core.running.carried import Activations, batches, filled
-from layerwise.core.running.evidence import AttentionCollector, Listener, UpdateCollector, Watcher
+from layerwise.core.running.evidence import AttentionWatcher, Listener, UpdateCollector, Watcher
 from layerwise.core.running.products import Answer, Answered, Attend, Follow, Listen, Tap
 
 _Collecting = TypeVar("_Collecting", Watcher, Listener)
@@ -267,12 +267,12 @@ class Runner:
         changed: Mapping[str, Tensor],
         collectors: Mapping[str, Watcher] | None = None,
         answers: Mapping[str, Answer] | None = None,
-        attention: AttentionCollector | None = None,
+        attention: AttentionWatcher | None = None,
         updates: UpdateCollector | None = None,
     ) -> Iterator[Tensor]:
         """What `forward` gives, batch after batch: each is read when the one before is done.
 
-        `attention` is shown what each token of each batch receives, `updates` all that is added to
+        `attention` is shown what tokens of each batch attend to, `updates` all that is added to
         the residual stream.
         """
         dtype = hidden.dtype if block else torch.float32
@@ -316,6 +316,14 @@ class Runner:
             return _first(functional_call(module, given, (hidden.to(self.device), *args), kwargs))
 
         return answer
+
+    def alone(self) -> list[str]:
+        """The tensors of the source that are parameters or statistics by themselves."""
+        return [
+            parts[0]
+            for parts in self._names.tensors.values()
+            if len(parts) == 1 and self.source.tensors[parts[0]].dtype.is_floating_point
+        ]
 
     def backward(
         self,
@@ -778,7 +786,7 @@ def _places(names: _Names, found: Structure) -> dict[str, _Place]:
 def _modes(
     answers: Mapping[int, Answer],
     watched: Mapping[int, Sequence[Watcher]],
-    attention: AttentionCollector | None,
+    attention: AttentionWatcher | None,
     updates: UpdateCollector | None,
 ) -> Generator[None]:
     """Products watched and answered as is wished, where anything is."""

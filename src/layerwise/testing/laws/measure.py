@@ -12,13 +12,23 @@ from layerwise.core.results import record
 from layerwise.testing import cases
 
 # Evidence with one row per token.
-_TOKENS = ("inputs", "outputs", "disturbed", "base_outputs", "positions", "updates")
+_TOKENS = (
+    "inputs",
+    "outputs",
+    "disturbed",
+    "base_outputs",
+    "base_states",
+    "later_states",
+    "positions",
+    "updates",
+)
 # Evidence of windows, and the axis along which they lie.
-_WINDOWS = {"ids": 0, "skip_effects": 1, "freeze_effects": 1}
-_ANSWERS = ("answers", "lens", "removed", "skipped", "frozen")
+_WINDOWS = {"ids": 0, "skip_effects": 1, "freeze_effects": 1, "echoes": 0, "attributions": 0}
+_ANSWERS = ("answers", "lens", "removed", "skipped", "frozen", "erased")
 # What evidence is of a block that does nothing.
 _IDLE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "outputs": lambda given: given["inputs"],
+    "jacobian": lambda given: torch.clone,
     "updates": lambda given: [torch.zeros_like(one) for one in given["updates"]],
     **dict.fromkeys(_ANSWERS[1:], lambda given: given["answers"]),
     "skip_effects": lambda given: torch.zeros_like(given["skip_effects"]),
