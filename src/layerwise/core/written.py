@@ -1,6 +1,7 @@
 """What people write, and what we wrote: whether a value fits where it is to go."""
 
 import dataclasses
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,10 @@ from layerwise.core.errors import UserError
 
 Record = TypeVar("Record")
 
+# Deeper than people write, and less deep than Python can go; entries that merges of YAML may make.
+_DEEPEST, _MOST_MERGED = 100, 10_000
+# Entries that a file may have once what it says by reference is written out.
+_MOST_ENTRIES = 2_000_000
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -133,17 +138,69 @@ def read_yaml(file: Path, kind: str, maker: str) -> Any:
     """
     try:
         # Built on SafeLoader: it makes plain data only.
-        return yaml.load(file.read_text(), _Loader)
+        content = yaml.load(file.read_text(), _Loader)
+        _check_entries(content)
     except FileNotFoundError:
         raise UserError(f"there is no {kind} {file}.", maker) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}", f"Give a {kind}'s YAML file.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not YAML: {error}", "Correct that line.") from error
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON document holds.
+
+    Raises:
+        ValueError: It is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _check_entries(content: Any) -> None:
+    """Refuse data of few lines that would take all memory written out, as messages do."""
+    ahead, count = [content], 0
+    while ahead:
+        one = ahead.pop()
+        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        ahead.extend(inside)
+        count += len(inside)
+        if count > _MOST_ENTRIES:
+            raise ValueError(f"it stands for more than {_MOST_ENTRIES:,} entries")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
+    """Refuses a key that stands twice, of which YAML would keep the last, and what is no data.
+
+    That is nesting and merging beyond what people write.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node of a document, none too deep inside."""
+        if self.depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", mark)
+        self.depth += 1
+        found = super().compose_node(parent, index)
+        self.depth -= 1
+        return found
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Write out what a mapping takes over from others."""
+        before = len(node.value)
+        super().flatten_mapping(node)
+        if len(node.value) > max(before, _MOST_MERGED):
+            raise yaml.constructor.ConstructorError(
+                None, None, "it merges too many entries", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are all different."""

@@ -6,7 +6,6 @@ It knows no other normalizers: what a tokenizer.json does beyond that (collapse 
 characters) is lost on llama.cpp.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.reading.checkpoint import Source
+from layerwise.core.written import parse_json
 
 _SPACE = "\u2581"  # a space, in vocabularies that come of SentencePiece
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -98,7 +98,7 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}", "Download it again.") from error
 

@@ -27,6 +27,7 @@ from layerwise.core.reading.checkpoint import Checkpoint, TensorInfo
 from layerwise.core.reading.structure import Layer, Structure
 from layerwise.core.running.apply import Transformed
 from layerwise.core.running.products import located
+from layerwise.core.written import fits, parse_json
 
 NAME = "bitstack"
 METHOD = "bitstack"
@@ -180,9 +181,12 @@ class BitStack(Format):
         file = source.folder / ORDER
         if not file.exists():
             raise UserError(f"{source.label} lacks its {ORDER}.", "Copy that file again.")
-        order: list[str] = json.loads(file.read_text())["order"]
+        try:
+            order = parse_json(file.read_text())["order"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} cannot be read: {error!r}", "Copy it again.") from error
         expected = list(self._in_turn())
-        if sorted(order) != sorted(expected):
+        if not fits(order, Sequence[str]) or sorted(order) != sorted(expected):
             raise UserError(
                 f"{file} does not list the blocks that the files hold.", "Copy both again."
             )

@@ -103,6 +103,8 @@ def translate(file: Path, wanted: Wanted) -> Translated:
         UserError: It holds what is not understood; the message names it.
     """
     content = read_yaml(file, "recipe", "mergekit's documentation describes them.")
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no recipe.", f"Understood are {', '.join(_ENTRIES)}.")
     if unknown := [name for name in content if name not in _ENTRIES]:
         raise UserError(
             f"{file}: {unknown[0]} is not understood.", f"Understood are {', '.join(_ENTRIES)}."
@@ -164,16 +166,23 @@ def _slices(file: Path, content: Mapping[str, Any], opened: dict[str, Source]) -
         if not fits(sources, Sequence[Mapping[str, Any]]):
             raise UserError(f"{file}: {one!r} is no slice.", "Write sources: [{model: PATH}].")
         if unknown := one.keys() - {"sources", "parameters"}:
-            raise UserError(f"{file}: {sorted(unknown)[0]} of a slice is not understood.",
+            raise UserError(f"{file}: {sorted(map(str, unknown))[0]} of a slice is not understood.",
                             "Understood are sources and parameters.")  # fmt: skip
         ranges: list[tuple[int, int]] = []
         for source in sources:
             if unknown := source.keys() - {"model", "parameters", "layer_range"}:
-                raise UserError(f"{file}: {sorted(unknown)[0]} of a model is not understood.",
-                                "Understood are model, parameters and layer_range.")  # fmt: skip
+                raise UserError(
+                    f"{file}: {sorted(map(str, unknown))[0]} of a model is not understood.",
+                    "Understood are model, parameters and layer_range.",
+                )
             model = _open(file, source.get("model"), opened)
             held = len(_layers(model))
-            first, last = source.get("layer_range") or (0, held)
+            asked = source.get("layer_range") or [0, held]
+            if not fits(asked, Sequence[int]) or len(asked) != 2:
+                raise UserError(
+                    f"{file}: layer_range {asked!r} is not understood.", "Write [0, 8]."
+                )
+            first, last = asked
             if not 0 <= first < last <= held:
                 raise UserError(
                     f"{file}: layer_range [{first}, {last}] is not in {model.label}, which has "
@@ -357,12 +366,12 @@ def _check_parameters(file: Path, name: str, method: _Method, one: _Slice) -> No
         _check_names(file, name, method, given, f"the parameters of {source['model']}")
 
 
-def _check_names(
-    file: Path, name: str, method: _Method, given: Mapping[str, Any], where: str
-) -> None:
+def _check_names(file: Path, name: str, method: _Method, given: Any, where: str) -> None:
     known = {*method.each, *method.all, *_WITHOUT_EFFECT}
     if method.ours in ("task_arithmetic", "ties"):
         known |= {"density", "rescale"}  # task arithmetic passes over both, TIES over a true one
+    if not isinstance(given, Mapping):
+        raise UserError(f"{file}: {where} are {given!r}.", "Write NAME: VALUE.")
     for parameter, value in given.items():
         if parameter not in known or (name == "ties" and parameter == "rescale" and value):
             raise UserError(
@@ -373,20 +382,28 @@ def _check_names(
 
 
 def _check_value(file: Path, parameter: str, value: Any) -> None:
+    numbers = float | bool | Sequence[float]
     listed = value if isinstance(value, list) else [value]
-    for one in listed:
-        inside = one.get("value") if isinstance(one, Mapping) else one
-        extra = set(one) - {"filter", "value"} if isinstance(one, Mapping) else set[Any]()
-        if extra or not (fits(inside, float | bool) or fits(inside, Sequence[float])):
-            raise UserError(
-                f"{file}: {parameter}: {one!r} is not understood.",
-                "Write a number, a list of numbers, or entries with filter and value.",
-            )
+    by_filter = [one for one in listed if isinstance(one, Mapping)]
+    right = fits(value, numbers) and value != []
+    if by_filter:
+        right = by_filter == listed and all(
+            not one.keys() - {"filter", "value"}
+            and isinstance(one.get("filter"), str | None)
+            and fits(one.get("value"), numbers)
+            and one.get("value") != []
+            for one in by_filter
+        )
+    if not right:
+        raise UserError(
+            f"{file}: {parameter}: {value!r} is not understood.",
+            "Write a number, a list of numbers, or entries with filter and value.",
+        )
 
 
 def _dtype(file: Path, content: Mapping[str, Any]) -> str:
     name = content.get("out_dtype") or content.get("dtype") or ""
-    if name and name not in FLOATS:
+    if name and str(name) not in FLOATS:
         raise UserError(f"{file}: dtype {name} is not understood.", f"Write {', '.join(FLOATS)}.")
     return name
 

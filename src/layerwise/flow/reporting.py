@@ -1,11 +1,11 @@
 """Make the page of a finished run or sweep again, from the JSON it left."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from layerwise.core.errors import UserError
 from layerwise.core.telling.outcome import Report, Sweep
+from layerwise.core.written import parse_json
 from layerwise.report.html import html
 
 REPORT, SWEEP = "report.json", "sweep.json"
@@ -51,8 +51,8 @@ def read_outcome(file: Path) -> Report | Sweep:
         UserError: It is no such file.
     """
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content: Any = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.", _MAKERS) from error
     if isinstance(content, dict) and "points" in content:
         return Sweep.from_json(content, str(file))

@@ -247,7 +247,7 @@ def read_blend(file: Path) -> Written:
     return Written(models=tuple(models), rules=rules, **said)
 
 
-def _floats(given: Curve) -> Curve:
+def _floats(given: int | float | Sequence[int | float]) -> Curve:
     """YAML reads 1 as a whole number."""
     return [float(one) for one in given] if isinstance(given, Sequence) else float(given)
 

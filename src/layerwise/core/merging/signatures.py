@@ -23,9 +23,12 @@ from layerwise.core.packing import pack, unpack
 from layerwise.core.reading.checkpoint import Source, TensorInfo
 from layerwise.core.reading.families import HEADS
 from layerwise.core.reading.structure import block_of, embeds, natural
+from layerwise.core.written import check_types, parse_json
 
 State = Mapping[str, Tensor]
 _KIND = "signature"
+# What a file tells beside its tensors, in the order of `read_signature`.
+_TOLD = {"bits": int, "ranges": Mapping[str, Sequence[Any]], "apart": Mapping[str, float]}
 # Statistics of a batch norm, by which it is told from other norms.
 _MEAN = "running_mean"
 _LAST = (*HEADS, "fc", "linear", "head", "output")
@@ -111,16 +114,25 @@ def read_signature(file: Path) -> Signature:
     if not is_signature(file):
         raise UserError(f"{file} is no signature.", "`layerwise signature` makes one.")
     tensors: dict[str, Tensor] = {}
-    with safe_open(file, framework="pt") as opened:
-        told = json.loads(opened.metadata()[_KIND])
-        for name in opened.offset_keys():
-            stored = opened.get_tensor(name)
-            if told["bits"]:
-                shape, low, high = told["ranges"][name]
-                codes = unpack(stored, told["bits"], math.prod(shape))[0]
-                stored = _decoded(codes, low, high, told["bits"]).reshape(shape)
-            tensors[name] = stored
-    return Signature(str(file), tensors, told["apart"], told["bits"])
+    try:
+        with safe_open(file, framework="pt") as opened:
+            told = parse_json(opened.metadata()[_KIND])
+            check_types(str(file), told, _TOLD)
+            bits, ranges, apart = (told[name] for name in _TOLD)
+            for name in opened.offset_keys():
+                stored = opened.get_tensor(name)
+                tensors[name] = _restored(stored, bits, ranges[name]) if bits else stored
+    except (LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged: {error!r}", "Take the signature again.") from error
+    return Signature(str(file), tensors, apart, bits)
+
+
+def _restored(stored: Tensor, bits: int, told: Sequence[Any]) -> Tensor:
+    shape, low, high = told
+    _check_bits(bits)
+    # No more than is there, whatever shape is told.
+    codes = unpack(stored, bits, min(math.prod(shape), 32 * stored.numel() // bits))[0]
+    return _decoded(codes, float(low), float(high), bits).reshape(shape)
 
 
 def _check_bits(bits: int) -> None:

@@ -1,6 +1,5 @@
 """Trained weights by name: a checkpoint on disk, or a module in memory, read a slice at a time."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
-from layerwise.core.written import fits
+from layerwise.core.written import fits, parse_json
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -252,7 +251,7 @@ def _locate(model: str) -> Path:
             raise UserError(f"there is no model {model}.", f"The built-in model is {builtin.NAME}.")
         return builtin.model_path()
     path = Path(model).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # false, and no error, where a name is too long for a file
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(
@@ -295,7 +294,8 @@ def _not_safetensors(files: Sequence[Path]) -> UserError:
 def _gguf(label: str, folder: Path) -> Checkpoint | None:
     """A directory that `--format gguf` made: its tensors are not listed, only its file is."""
     config = _config(folder / "config.json")
-    if (config.get("quantization_config") or {}).get("quant_method") != "gguf":
+    packed = config.get("quantization_config")
+    if not isinstance(packed, dict) or packed.get("quant_method") != "gguf":
         if (files := sorted(folder.glob("*.gguf"))) and not any(folder.glob("*.safetensors")):
             raise _only_gguf(files[0])
         return None
@@ -317,7 +317,7 @@ def _config(file: Path) -> Mapping[str, Any]:
     if not file.exists():
         return {}
     try:
-        content: Any = json.loads(file.read_text())
+        content: Any = parse_json(file.read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}", "Download it again.") from error
     if not isinstance(content, dict):
@@ -329,7 +329,7 @@ def _shards(folder: Path) -> list[Path]:
     if index := _index(folder):
         names = sorted(set(_weight_map(index).values()))
         for name in names:
-            if not (folder / name).exists():
+            if not os.path.isfile(folder / name):  # as above
                 raise UserError(
                     f"{index} names the file {name}, which is not there.",
                     "Download or copy that shard again.",
@@ -356,9 +356,11 @@ def _index(folder: Path) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text())["weight_map"]
+        found = parse_json(index.read_text())["weight_map"]
         if not fits(found, Mapping[str, str]):
             raise ValueError("weight_map is no mapping of tensors to files")
+        if outside := [name for name in found.values() if Path(name).name != name]:
+            raise ValueError(f"{outside[0]} is no name of a file beside it")
         return dict(found)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a shard index: {error!r}", "Download it again.") from error

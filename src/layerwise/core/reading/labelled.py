@@ -1,7 +1,6 @@
 """Texts of known classes, for probes of what a model knows of them."""
 
 import csv
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.reading.checkpoint import Source
 from layerwise.core.reading.families import CAUSAL_MODELS, POSITIONS, configured
 from layerwise.core.reading.text import encoder
+from layerwise.core.written import parse_json
 
 Labels = str | Path | Sequence[tuple[str, Any]]
 
@@ -173,9 +173,9 @@ def _of_directory(path: Path) -> Iterator[tuple[str, str]]:
 def _rows(path: Path, content: str) -> list[tuple[str, str]]:
     if path.suffix in (".jsonl", ".json"):
         objects: list[Mapping[str, Any]] = (
-            json.loads(content)
+            parse_json(content)
             if path.suffix == ".json"
-            else [json.loads(line) for line in content.splitlines() if line.strip()]
+            else [parse_json(line) for line in content.splitlines() if line.strip()]
         )
         return [_of_object(one) for one in objects]
     separator = "," if path.suffix == ".csv" else "\t"

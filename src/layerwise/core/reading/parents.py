@@ -21,6 +21,7 @@ from layerwise.core.reading.checkpoint import Source, TensorInfo
 from layerwise.core.reading.entries import Reader
 from layerwise.core.reading.families import HEADS
 from layerwise.core.reading.structure import embeds
+from layerwise.core.written import parse_json
 
 # What becomes of a tensor that some of the models lack.
 Missing = Literal["refuse", "keep", "base"]
@@ -257,7 +258,7 @@ def _vocabulary(source: Source) -> dict[str, int] | None:
     if file is None:
         return None
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = parse_json(file.read_text(encoding="utf-8"))
         entries: Any = content["model"]["vocab"]
         added = {one["content"]: int(one["id"]) for one in content.get("added_tokens") or []}
     except (OSError, ValueError, KeyError, TypeError) as error:

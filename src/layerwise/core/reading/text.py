@@ -1,7 +1,6 @@
 """Text to token windows, for calibration and for proof."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.reading.checkpoint import Source
 from layerwise.core.reading.families import POSITIONS, configured
+from layerwise.core.written import parse_json
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -111,7 +111,7 @@ def documents(text: str | Path | Sequence[str], role: str = "calibration") -> Se
         return _hub_documents(str(text))
     try:
         content = path.read_text(encoding="utf-8")
-        found: Any = json.loads(content) if path.suffix == ".json" else [content]
+        found: Any = parse_json(content) if path.suffix == ".json" else [content]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read: {error}", "Give a UTF-8 text file or a JSON list of strings."

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.core.errors import UserError
 from layerwise.core.extras import need
 from layerwise.core.reading.checkpoint import Source
+from layerwise.core.written import parse_json
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -52,7 +53,11 @@ class Tokens:
 
     def __init__(self, file: Path) -> None:
         package = need("tokenizers", "reading a tokenizer")
-        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            told: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+            whole = package.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package has no class of its own
+            raise UserError(f"{file} cannot be read: {error}", "Download it again.") from error
         kind = told["model"].get("type")
         splits = _kinds(told.get("pre_tokenizer"))
         if kind != "BPE" or splits - {"ByteLevel"} or told["model"].get("ignore_merges"):
@@ -63,7 +68,6 @@ class Tokens:
             )
         spaced = _SPACE in json.dumps(told.get("normalizer"), ensure_ascii=False)
         self._of_bytes = "ByteLevel" in splits
-        whole = package.Tokenizer.from_file(str(file))
         self.opening = tuple(whole.encode("").ids)
         prefixed = "Prepend" in _kinds(told.get("normalizer"))
         self.forced = b" " if prefixed else b""
