@@ -4,6 +4,7 @@ A format says what can be written; a server may load less of it.  Each rule name
 found, for a server's next version may have another.  `docs/servers.md` is made from this file.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -170,11 +171,7 @@ def check_level(server: str, format: str, level: LayerPlan, whose: str = "") -> 
         UserError: It names the rule and what the server loads.
     """
     rules = allowed(server, format)
-    where = f"{whose}: " if whose else ""
-
-    def refuse(given: str, instead: str) -> UserError:
-        return UserError(f"{where}{server} does not load {given} in {format}.", instead)
-
+    refuse = functools.partial(_refusal, f"{whose}: {server}" if whose else server, format)
     if rules.rank is not None and level.rank > rules.rank:
         most = f"Ranks go up to {rules.rank}." if rules.rank else "It loads none; leave out --rank."
         raise refuse(f"a correction of rank {level.rank}", most)
@@ -198,6 +195,10 @@ def check_level(server: str, format: str, level: LayerPlan, whose: str = "") -> 
             f"inputs rounded to {level.rounding} beside {_said(level)}",
             f"Beside them it takes {'; '.join(map(_weights, able)) or 'nothing'}.",
         )
+
+
+def _refusal(server: str, format: str, given: str, instead: str) -> UserError:
+    return UserError(f"{server} does not load {given} in {format}.", instead)
 
 
 def check_server(plan: Plan, found: Structure) -> None:
