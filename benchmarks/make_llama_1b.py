@@ -56,7 +56,9 @@ def main() -> None:
     (out / "config.json").write_text(
         json.dumps(CONFIG | {"num_hidden_layers": chosen.blocks}, indent=1)
     )
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}, indent=1))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    told = {"metadata": {"total_size": size}, "weight_map": index}
+    (out / "model.safetensors.index.json").write_text(json.dumps(told, indent=1))
 
 
 def _block(name: str, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -1,8 +1,11 @@
 """The loop that moves errors on, with a grid of its own for each column."""
 
+import gc
+
 import torch
 
 from layerwise.quantize._feedback import factorize, feed_back
+from layerwise.quantize.gptq import gptq
 
 
 class Halves:
@@ -83,3 +86,20 @@ def test_dead_inputs_are_named_where_they_lie():
     gram[:, [3, 8]] = 0.0
     for act_order in (False, True):
         assert factorize(gram, 0.01, act_order).dead.nonzero().flatten().tolist() == [3, 8]
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    """Matrices of the size of a layer that lie in a cycle would add up over the layers."""
+    inputs = torch.randn(200, 160, generator=torch.Generator().manual_seed(0))
+    weight, gram = torch.randn(8, 160), inputs.T @ inputs / 200
+    gptq(weight, gram, bits=4, group=32)  # what is made once for good
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gptq(weight, gram.clone(), bits=4, group=32)
+        gc.collect()
+        left = [one for one in gc.garbage if isinstance(one, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not left

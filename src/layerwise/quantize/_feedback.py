@@ -126,32 +126,48 @@ def feed_back(
     Returns:
         e_j, in the order of rounding.
     """
-    share = factored.share
     # Columns as contiguous rows, in the order in which they are rounded.
     missed = weight.float().T[factored.order].contiguous()  # (in, out)
     left = missed.clone()
-
-    def go_on(start: int, stop: int) -> None:
-        if stop - start > _FEW:
-            middle = _middle(start, stop, group)
-            go_on(start, middle)
-            left[middle:stop] += _exact_product(
-                share[start:middle, middle:stop], missed[start:middle]
-            )
-            go_on(middle, stop)
-            return
-        for j in range(start, stop):
-            if group and j % group == 0:
-                columns = slice(j, j + group)
-                rounder.fit(j, _best(missed[columns], left[columns], share[columns, columns]))
-            rounded = rounder.round(j, left[j])
-            missed[j] -= rounded
-            # One product, one sum: fused, they could round differently from row to row.
-            left[j + 1 : stop] += share[j, j + 1 : stop, None] * missed[j]
-            left[j] -= rounded
-
-    go_on(0, len(left))
+    _go_on(slice(0, len(left)), factored.share, missed, left, rounder, group)
     return left
+
+
+def _go_on(
+    columns: slice,
+    share: Float[Tensor, "in in"],
+    missed: Float[Tensor, "in out"],
+    left: Float[Tensor, "in out"],
+    rounder: Rounder,
+    group: int,
+) -> None:
+    """Round some columns, given what those before have moved onto them.
+
+    Args:
+        columns: Which.
+        share: A.
+        missed: W - round(V) of columns that are done, W of others.
+        left: e of columns that are done, V, as far as it is known, of others.
+        rounder: Rounds columns.
+        group: Columns that are fitted together.
+    """
+    start, stop = columns.start, columns.stop
+    if stop - start > _FEW:
+        middle = _middle(start, stop, group)
+        first, second = slice(start, middle), slice(middle, stop)
+        _go_on(first, share, missed, left, rounder, group)
+        left[second] += _exact_product(share[first, second], missed[first])
+        _go_on(second, share, missed, left, rounder, group)
+        return
+    for j in range(start, stop):
+        if group and j % group == 0:
+            fitted = slice(j, j + group)
+            rounder.fit(j, _best(missed[fitted], left[fitted], share[fitted, fitted]))
+        rounded = rounder.round(j, left[j])
+        missed[j] -= rounded
+        # One product, one sum: fused, they could round differently from row to row.
+        left[j + 1 : stop] += share[j, j + 1 : stop, None] * missed[j]
+        left[j] -= rounded
 
 
 def _middle(start: int, stop: int, group: int) -> int:
