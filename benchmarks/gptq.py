@@ -30,12 +30,16 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 model, out = sys.argv[1:]
 ids = torch.randint(0, 8192, (8, 256), generator=torch.Generator().manual_seed(0)).tolist()
 texts = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 256] * 8})
 found = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-oneshot(model=found, dataset=texts, max_seq_length=256, num_calibration_samples=8,
+# It asks for a tokenizer, though there is nothing to tokenize.
+words = Tokenizer(models.WordLevel({"x": 0}, "x"))
+words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="x")
+oneshot(model=found, processor=words, dataset=texts, max_seq_length=256, num_calibration_samples=8,
         recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]))
 found.save_pretrained(out, save_compressed=True)
 """
